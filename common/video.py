@@ -1,0 +1,208 @@
+"""Video files to tensors and back. Frames are uint8 RGB, (N, 3, H, W) as tensors, (H, W, 3) as single pictures.
+
+Decoding is sequential on the CPU, by torchcodec, or by PyAV (whose wheel carries its own FFmpeg) where torchcodec does
+not import because FFmpeg's libraries are missing. Both give the same pixels. `VIDEO_BACKEND=torchcodec|pyav` decides by
+hand. Random access costs a keyframe interval per jump, so read forwards.
+"""
+
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CHUNK_BYTES = 16 * 2**20  # above this, fresh memory is mapped and page-faulted for every chunk: half the speed
+
+
+@cache
+def video_backend() -> str:
+    """`torchcodec`, or `pyav` where torchcodec cannot be imported."""
+    wanted = os.environ.get("VIDEO_BACKEND", "")
+    if wanted not in ("", "torchcodec", "pyav"):
+        raise ValueError(f"VIDEO_BACKEND is {wanted!r}, expected torchcodec, pyav, or nothing at all")
+    if wanted == "pyav":
+        return "pyav"
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        if wanted == "torchcodec":
+            raise ImportError(
+                f"torchcodec does not import: {str(error).strip().splitlines()[0]}. It needs FFmpeg's libraries "
+                "(apt-get install ffmpeg); without VIDEO_BACKEND set, PyAV decodes instead."
+            ) from error
+        return "pyav"
+    return "torchcodec"
+
+
+class VideoReader:
+    """Frames of one file by number. `n_frames` counts those that can be decoded: a file that was cut off has fewer than
+    were recorded. Raises ValueError naming a file that is no video or has no frame."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} is missing. Record the session again, or remove its folder.")
+        try:
+            self._source = (_TorchcodecSource if video_backend() == "torchcodec" else _PyAVSource)(self.path)
+        except (RuntimeError, ValueError, av.FFmpegError) as error:
+            raise ValueError(
+                f"{self.path} ({self.path.stat().st_size:,} bytes) cannot be opened as a video: "
+                f"{str(error).strip().splitlines()[0]}. It is cut off or of another kind; remove the session's folder."
+            ) from None
+        self.height, self.width, self.n_frames = self._source.height, self._source.width, self._source.n_frames
+        while self.n_frames and not self._decodes(self.n_frames - 1):  # the last packets of a cut file
+            self.n_frames -= 1
+        if self.n_frames == 0:
+            raise ValueError(f"{self.path} has no frame that can be decoded. Remove the session's folder.")
+
+    def _decodes(self, index: int) -> bool:
+        try:
+            return len(self._source.read(index, index + 1, 1)) == 1
+        except (RuntimeError, IndexError, av.FFmpegError):
+            return False
+
+    def read(self, start: int, stop: int, stride: int = 1) -> torch.Tensor:
+        """Frames start, start + stride, ... below stop: uint8 (n, 3, H, W)."""
+        if not 0 <= start < stop <= self.n_frames:
+            raise IndexError(f"{self.path}: frames {start} to {stop} asked for, it has {self.n_frames}")
+        try:
+            return self._source.read(start, stop, stride)
+        except (RuntimeError, av.FFmpegError) as error:
+            raise ValueError(f"{self.path}: frames {start} to {stop} do not decode: {error}") from None
+
+
+class _TorchcodecSource:
+    def __init__(self, path: Path):
+        from torchcodec.decoders import VideoDecoder
+
+        self.decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+        self.n_frames = len(self.decoder)
+        self.height, self.width = self.decoder.metadata.height, self.decoder.metadata.width
+
+    def read(self, start: int, stop: int, stride: int) -> torch.Tensor:
+        return self.decoder.get_frames_in_range(start, stop, stride).data
+
+
+class _PyAVSource:
+    def __init__(self, path: Path):
+        self.container = av.open(str(path))
+        if not self.container.streams.video:
+            raise ValueError("it has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type, self.stream.thread_count = "NONE", 1  # as torchcodec: the caller decides on threads
+        self.pts = sorted(packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None)
+        self.n_frames = len(self.pts)
+        self.height, self.width = self.stream.height, self.stream.width
+        self._seek(0)
+
+    def _seek(self, index: int):
+        self.container.seek(self.pts[index], stream=self.stream, backward=True)
+        self.decoded = self.container.decode(self.stream)
+        self.position = None  # of the next frame; known after the first one
+
+    def read(self, start: int, stop: int, stride: int) -> torch.Tensor:
+        if self.position is None or not self.position <= start < self.position + 64:
+            self._seek(start)
+        wanted, frames = set(self.pts[start:stop:stride]), []
+        while self.position is None or self.position < stop:
+            frame = next(self.decoded, None)
+            if frame is None:
+                raise RuntimeError(f"the video ends before frame {stop}")
+            self.position = self.pts.index(frame.pts, self.position or 0) + 1
+            if frame.pts in wanted:
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+        return torch.stack(frames).permute(0, 3, 1, 2)  # (n, 3, H, W)
+
+
+def iter_frames(
+    path: Path | str, start: int = 0, stop: int | None = None, stride: int = 1, size: int | None = None
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """Decode forwards in chunks: frame numbers (n) and pixels, uint8 (n, 3, H, W), resized to `size` if given."""
+    reader = path if isinstance(path, VideoReader) else VideoReader(path)
+    stop = reader.n_frames if stop is None else min(stop, reader.n_frames)
+    chunk = stride * max(1, CHUNK_BYTES // (3 * reader.height * reader.width))
+    for first in range(start, stop, chunk):
+        last = min(first + chunk, stop)
+        frames = reader.read(first, last, stride)
+        yield range(first, last, stride), frames if size is None else resize(frames, size, size)
+
+
+class ForwardReader:
+    """Resized frames of one file, read forwards; remembers those of the last call, as the next stack needs them."""
+
+    def __init__(self, path: Path | str, size: int):
+        self.path, self.size, self.reader = path, size, None
+        self.first, self.frames = 0, torch.empty((0, 3, size, size), dtype=torch.uint8)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Frames [start, stop): uint8 (stop - start, 3, size, size)."""
+        self.reader = self.reader or VideoReader(self.path)
+        kept = self.frames[start - self.first :] if start >= self.first else self.frames[:0]
+        fresh = [frames for _, frames in iter_frames(self.reader, start + len(kept), stop, size=self.size)]
+        self.first, self.frames = start, torch.cat([kept, *fresh])[: stop - start]
+        return self.frames
+
+
+def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The one resize of labels, training, evaluation and the exported graph: antialiased bilinear in float32, rounded.
+
+    uint8 (N, 3, H, W) -> uint8 (N, 3, height, width). Only antialiased resizes agree with each other.
+    """
+    if frames.shape[-2:] == (height, width):
+        return frames
+    resized = [
+        F.interpolate(frame.contiguous().float(), (height, width), mode="bilinear", antialias=True)
+        for frame in frames.split(
+            1 if frames.device.type == "cpu" else len(frames)
+        )  # one frame fits in the CPU's cache
+    ]
+    return torch.cat(resized).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def grey(frames: torch.Tensor) -> torch.Tensor:
+    """BT.601 luma: uint8 (N, 3, H, W) -> float32 (N, H, W) in 0..255."""
+    red, green, blue = frames.float().unbind(1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+class VideoWriter:
+    """H.264 in a fragmented mp4 that survives a kill: yuv420p, a keyframe every second, no B-frames.
+
+    Odd sizes lose their last row or column, as yuv420p needs even ones.
+    """
+
+    def __init__(self, path: Path | str, fps: float, width: int, height: int, crf: int = 27):
+        options = {"crf": str(crf), "preset": "veryfast", "g": str(max(1, round(fps))), "bf": "0"}
+        self.container = av.open(
+            str(path), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+        )
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width // 2 * 2, height // 2 * 2, "yuv420p"
+        self.stream.codec_context.thread_count = 1
+        self.stream.codec_context.time_base = Fraction(1, 1000)
+        self.fps, self.count, self.last_ms = fps, 0, -1
+
+    def add(self, picture: np.ndarray, time_ns: int | None = None):
+        """Append a picture, uint8 (H, W, 3) RGB, shown `time_ns` after the first one; None spaces evenly at `fps`."""
+        height, width = self.stream.height, self.stream.width
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+        time_ms = round(self.count * 1000 / self.fps) if time_ns is None else time_ns // 1_000_000
+        self.last_ms = max(time_ms, self.last_ms + 1)
+        frame.pts, frame.time_base = self.last_ms, Fraction(1, 1000)
+        self.container.mux(self.stream.encode(frame))
+        self.count += 1
+
+    def close(self):
+        self.container.mux(self.stream.encode(None))
+        self.container.close()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, *_):
+        self.close()

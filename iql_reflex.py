@@ -1,0 +1,857 @@
+"""Advantage-weighted reflex policy for side-scrollers: from recorded sessions to keys, learnt offline.
+
+Learns from `recording.mp4`, `inputs.parquet` (docs/data.md) and the returns of `precompute_labels.py`. A value head
+fits an upper expectile of the return (Kostrikov et al. 2021, IQL, eq. 5, on Monte Carlo returns: there is no Q head);
+the key head imitates the player, weighted by exp(advantage) (Peng et al. 2019, AWR, eq. 3). Page: docs/iql_reflex.md
+
+    python precompute_labels.py --data-dir sample_dataset
+    python iql_reflex.py --data-dir sample_dataset
+
+In: a folder of labelled sessions. Out: runs/<task>__iql_reflex__<seed>__<time>/ with last.pt, best.pt, eval.json,
+eval.png, eval.mp4 and TensorBoard events.
+"""
+
+import os
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import runs
+from common.sessions import (
+    EPISODES,
+    RETURNS,
+    find_sessions,
+    key_names,
+    key_table,
+    load_session,
+    mouse_table,
+    read_table,
+)
+from common.video import ForwardReader, VideoReader, VideoWriter, iter_frames, video_backend
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of every random choice"""
+    torch_deterministic: bool = True
+    """use deterministic cuDNN kernels"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the first of CUDA, MPS, CPU that is there"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+    wandb_project_name: str = "learn-from-recordings"
+    """the wandb project"""
+    wandb_entity: str | None = None
+    """the wandb team; None means your own account"""
+    run_root: str = "runs"
+    """folder that receives the run folder"""
+    resume: str | None = None
+    """run folder to go on with; its own arguments hold, --epochs, --max-updates, --workers and --device may change"""
+
+    data_dir: str = "dataset"
+    """folder of labelled sessions"""
+    heldout: str = "heldout*"
+    """name or pattern of the sessions read once, at the end; if none matches, the last by name"""
+    val_fraction: float = 0.1
+    """share of the training sessions, in blocks of 10 s, that chooses thresholds and best.pt; 0..0.5"""
+    keys: tuple[str, ...] = ()
+    """keys to predict, such as KEY_RIGHT; empty means those down in `min_key_rate` of the training frames"""
+    min_key_rate: float = 0.01
+    """how often a key must be down to be predicted; share of frames"""
+    action_horizon: int = 2
+    """predict the keys this many frames ahead, the player's reaction time; >= 0"""
+    image_size: int = 224
+    """side of the square the frames are resized to; pixels"""
+    workers: int = 2
+    """threads that decode ahead; 0 decodes in the training loop"""
+    buffer_frames: int = 4096
+    """size of the shuffle buffer in frames, 3 * image_size^2 bytes each"""
+    shuffle: bool = True
+    """shuffle runs of 8 frames; False trains in the order of recording, session after session"""
+
+    backbone: Literal["resnet18", "cnn"] = "resnet18"
+    """resnet18 (11.2 M parameters) or a 4-layer cnn"""
+    pretrained: str | None = None
+    """file with torchvision's ResNet-18 weights (state dict); None starts from random ones"""
+    epochs: int = 10
+    """passes over the training frames"""
+    max_updates: int = 0
+    """stop after this many updates; 0 means `epochs` decide"""
+    batch_size: int = 32
+    """samples per update"""
+    lr: float = 1e-4
+    """learning rate of AdamW"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+    weight_decay: float = 1e-4
+    """weight decay of AdamW"""
+    max_grad_norm: float = 1.0
+    """clip the gradient to this norm"""
+    max_pos_weight: float = 10.0
+    """upper limit of the weight off/on that rare keys get in the loss"""
+    random_shift: int = 4
+    """augmentation: shift each stack by up to this many pixels; 0 means none"""
+    use_awr: bool = True
+    """weight imitation by advantage; False is plain behavioural cloning"""
+    iql_expectile: float = 0.7
+    """expectile of the value loss; 0.5 is the mean, above it is optimistic"""
+    iql_adv_temperature: float = 1.0
+    """temperature T of exp(A / T), A in standard deviations"""
+    iql_adv_clip: float = 10.0
+    """upper limit of the advantage weight"""
+    iql_adv_normalizer: Literal["running", "batch-mean"] = "running"
+    """running: A is divided by its running standard deviation. batch-mean: weights are divided by their batch mean
+    instead, which cancels the advantage where neighbours share a batch; kept to show that"""
+    value_coef: float = 0.5
+    """coefficient of the value loss"""
+    mouse_coef: float = 1.0
+    """coefficient of the mouse loss, on frames where the pointer is known"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast or not; auto takes it on CUDA, and on CPUs with AMX, elsewhere it is slower"""
+    compile_model: bool = False
+    """torch.compile the network"""
+
+    log_every: int = 10
+    """updates between two rows of TensorBoard scalars"""
+    save_every: int = 200
+    """updates between two saves of last.pt; it is also saved after each epoch and on Ctrl-C or SIGTERM"""
+    bootstrap: int = 1000
+    """resamples of 5 s blocks behind the intervals of the final evaluation"""
+    video_seconds: float = 20.0
+    """length of eval.mp4, predicted and true keys over the held-out session; 0 means none"""
+
+
+# Axes: B batch, N frames of a recording, K keys, T = 3 stacked frames, C H W image (uint8 RGB), S image_size
+CONTEXT = 3  # frames in a stack, oldest first
+RUN = 8  # frames that stay together in the shuffle buffer
+
+
+# data: which frames, which labels -------------------------------------------------------------------------------------
+@dataclass
+class Recording:
+    """A labelled session. Row i of every array belongs to frame i, the moment of decision."""
+
+    name: str
+    video: Path
+    fps: float
+    keys: np.ndarray  # (N, K) bool, down at any moment of [t_{i+h}, t_{i+h+1}), h = action_horizon: the label
+    keys_before: np.ndarray  # (N, K) bool, the same at i - 1, the last row fully known at the decision
+    mouse: np.ndarray  # (N, 2) pointer in 0..1 of the picture
+    mouse_known: np.ndarray  # (N,) bool
+    returns: np.ndarray  # (N,)
+    finished: np.ndarray  # (N,) bool, the episode ended in a win or a death, so the return is known
+    usable: np.ndarray  # (N,) bool, stack and label lie inside one episode
+    training: np.ndarray  # (N,) bool, usable and neither validation nor the gap beside it
+
+
+def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
+    session = load_session(folder)
+    reader = VideoReader(session.video)
+    N = min(session.n_frames, reader.n_frames)
+    if N < session.n_frames:
+        tqdm.write(
+            f"{session.video} has {N:,} frames for {session.n_frames:,} rows of frames.parquet: using these {N:,}"
+        )
+    keys_any = key_table(session, keys)[1][:N]  # (N, K)
+    mouse, mouse_known = mouse_table(session)
+    returns, finished, episode = np.zeros(N), np.zeros(N, bool), np.full(N, -1)
+    for row in read_table(folder / "episodes.parquet", EPISODES).to_pylist():
+        inside = slice(row["start_frame"], row["end_frame"] + 1)
+        episode[inside], finished[inside] = row["episode_id"], row["outcome"] != "INCOMPLETE"
+    table = read_table(folder / "returns.parquet", RETURNS)
+    if len(table) and table["frame_idx"][-1].as_py() >= session.n_frames:
+        raise ValueError(
+            f"{folder}/returns.parquet labels frame {table['frame_idx'][-1]}, there are {session.n_frames:,}. "
+            "Label it again: python precompute_labels.py --overwrite --data-dir " + str(folder.parent)
+        )
+    table = table.filter(pc.less(table["frame_idx"], N))
+    returns[table["frame_idx"].to_numpy()] = table["return"].to_numpy()
+    usable = episode >= 0
+    usable[: CONTEXT - 1] = usable[N - h :] = False
+    usable[: N - h] &= episode[h:] == episode[: N - h]
+    return Recording(
+        name=session.name,
+        video=session.video,
+        fps=session.fps,
+        keys=np.concatenate([keys_any[h:], np.zeros_like(keys_any[:h])]),
+        keys_before=np.concatenate([np.zeros_like(keys_any[:1]), keys_any[:-1]]),
+        mouse=mouse[:N] / [reader.width, reader.height],
+        mouse_known=mouse_known[:N],
+        returns=returns,
+        finished=finished,
+        usable=usable,
+        training=usable.copy(),
+    )
+
+
+def split_sessions(folders: list[Path], heldout: str) -> tuple[list[Path], list[Path]]:
+    """Training and held-out sessions, by name."""
+    held = [f for f in folders if fnmatch(f.name, heldout)] or folders[-1:]
+    train = [f for f in folders if f not in held]
+    if not train:
+        raise ValueError(
+            f"{folders[0].parent} has {len(folders)} session(s) and {held[0].name} is held out: none is left to train. "
+            "Record another with: python record_session.py"
+        )
+    return train, held
+
+
+def choose_keys(folders: list[Path], min_rate: float) -> list[str]:
+    """Keys down in at least `min_rate` of the training frames, marker keys never."""
+    sessions = [load_session(folder) for folder in folders]
+    names = sorted(set().union(*(key_names(session) for session in sessions)))
+    if not names:
+        raise ValueError(f"{folders[0].parent}: no key was pressed in any session. Check inputs.parquet.")
+    rate = np.concatenate([key_table(session, names)[1] for session in sessions]).mean(0)  # (K,)
+    keys = [name for name, r in zip(names, rate, strict=True) if r >= min_rate]
+    if not keys:
+        raise ValueError(
+            f"no key is down in {min_rate:.1%} of the frames (most: {rate.max():.2%}). Lower --min-key-rate."
+        )
+    return keys
+
+
+def choose_validation(recordings: list[Recording], fraction: float, seed: int) -> list[tuple[int, int, int]]:
+    """Mark blocks of 10 s as validation, 1 s on either side of them as gap. Returns (recording, start, stop)."""
+    rng = np.random.default_rng(seed)
+    blocks = [
+        (r, start, min(start + int(10 * recording.fps), len(recording.usable)))
+        for r, recording in enumerate(recordings)
+        for start in range(0, len(recording.usable), int(10 * recording.fps))
+    ]
+    count = max(1, round(fraction * len(blocks))) if fraction else 0
+    chosen = sorted(blocks[b] for b in rng.choice(len(blocks), count, replace=False))
+    for r, start, stop in chosen:
+        gap = int(recordings[r].fps)
+        recordings[r].training[max(0, start - gap) : stop + gap] = False
+    return chosen
+
+
+def plan_epoch(
+    training: list[np.ndarray], buffer_frames: int, shuffle: bool, seed: int, epoch: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """The order in which runs (recording, start, stop) are decoded and the order in which they are trained on.
+
+    A pure function of its arguments: resume needs no more than the epoch and the position in it. Eight recordings are
+    read side by side, each forwards; a buffer of `buffer_frames` that gives away a random run mixes sessions and times.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    runs_of = []
+    for r, mask in enumerate(training):  # mask (N,) bool
+        edges = np.flatnonzero(np.diff(np.r_[False, mask, False]))  # starts and stops of usable stretches, in turns
+        spans = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        runs_of.append([(r, s, min(s + RUN, stop)) for start, stop in spans for s in range(start, stop, RUN)])
+    if not shuffle:
+        decode = [run for recording_runs in runs_of for run in recording_runs]
+        return decode, decode
+    decode = []
+    order = rng.permutation(len(training)).tolist()
+    for group in (order[g : g + 8] for g in range(0, len(order), 8)):
+        decode += sorted((run for r in group for run in runs_of[r]), key=lambda run: run[1] / len(training[run[0]]))
+    train, buffer, frames = [], [], 0
+    for run in decode:
+        buffer.append(run)
+        frames += RUN
+        if frames > buffer_frames:
+            i = rng.integers(len(buffer))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            train.append(buffer.pop())
+            frames -= RUN
+    return decode, train + [buffer[i] for i in rng.permutation(len(buffer))]
+
+
+def stream_batches(recordings: list[Recording], decode: list, train: list, args: Args, first_batch: int):
+    """Batches of an epoch, from `first_batch` on: frames (M, 3, S, S) uint8, each once; stack (B, T), which of them a
+    sample sees, oldest first; rows (B,) of the training recordings' arrays laid end to end."""
+    samples = [(run, i) for run in train for i in range(run[1], run[2])][first_batch * args.batch_size :]
+    left = Counter(run for run, _ in samples)  # samples of a run still to be given out
+    offset = np.cumsum([0] + [len(recording.usable) for recording in recordings])
+    readers = [ForwardReader(recording.video, args.image_size) for recording in recordings]
+    threads = [ThreadPoolExecutor(1) for _ in range(args.workers)]  # a recording stays with one thread, so in order
+    to_decode, ahead, pixels = deque(run for run in decode if run in left), deque(), {}
+
+    def decode_next():
+        while to_decode and len(ahead) < 1 + 8 * args.workers:
+            r, start, stop = to_decode.popleft()
+            read = partial(readers[r].read, start - CONTEXT + 1, stop)
+            ahead.append(((r, start, stop), threads[r % args.workers].submit(read).result if threads else read))
+        run, result = ahead.popleft()
+        pixels[run] = result()  # (stop - start + T - 1, 3, S, S)
+
+    try:
+        for first in range(0, len(samples) - args.batch_size + 1, args.batch_size):
+            batch = samples[first : first + args.batch_size]
+            place, M = {}, 0
+            for run in dict.fromkeys(run for run, _ in batch):
+                while run not in pixels:
+                    decode_next()
+                place[run], M = M, M + len(pixels[run])
+            frames = torch.cat([pixels[run] for run in place])
+            oldest = torch.tensor([place[run] + i - run[1] for run, i in batch])  # (B,)
+            yield (
+                frames,
+                oldest[:, None] + torch.arange(CONTEXT),
+                torch.tensor([offset[run[0]] + i for run, i in batch]),
+            )
+            for run, _ in batch:
+                left[run] -= 1
+                if left[run] == 0:
+                    del pixels[run]
+    finally:
+        for thread in threads:
+            thread.shutdown(cancel_futures=True)
+
+
+# ALGO LOGIC: network --------------------------------------------------------------------------------------------------
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015), with torchvision's parameter names."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet18(nn.Module):
+    """(B, channels, H, W) -> (B, 512)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        for layer, (inputs, outputs) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)], 1):
+            blocks = BasicBlock(inputs, outputs, 1 if layer == 1 else 2), BasicBlock(outputs, outputs, 1)
+            self.add_module(f"layer{layer}", nn.Sequential(*blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)  # (B, 64, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, H/32, W/32)
+        return x.mean((2, 3))
+
+    def load_pretrained(self, file: str):
+        """Take torchvision's ImageNet weights; each frame of the stack gets a third of the first layer's."""
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+        state["conv1.weight"] = state["conv1.weight"].repeat(1, CONTEXT, 1, 1) / CONTEXT
+        self.load_state_dict(state)
+
+
+class CNN(nn.Module):
+    """(B, channels, H, W) -> (B, 512)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        layers = []
+        for inputs, outputs in [(channels, 32), (32, 64), (64, 128), (128, 128)]:
+            layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, 512), nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class ReflexNet(nn.Module):
+    """Shared backbone with a key, a mouse and a value head. Stacks of any height and width."""
+
+    def __init__(self, n_keys: int, backbone: str):
+        super().__init__()
+        self.backbone = {"resnet18": ResNet18, "cnn": CNN}[backbone](3 * CONTEXT)
+        self.keys_head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, n_keys))
+        self.mouse_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 2), nn.Sigmoid())
+        self.value_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
+
+    def forward(self, pixels):  # (B, T * 3, H, W) uint8, oldest frame first
+        x = ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features = self.backbone(x)  # (B, 512)
+        return self.keys_head(features), self.mouse_head(features), self.value_head(features).squeeze(1)
+
+
+# ALGO LOGIC: losses ---------------------------------------------------------------------------------------------------
+def expectile_loss(returns, value, expectile, mask):
+    """IQL eq. 5 on returns: |expectile - 1[G < V]| (G - V)^2, mean over the frames in `mask`. All (B,) -> scalar."""
+    difference = returns - value
+    weight = torch.where(difference > 0, expectile, 1 - expectile)
+    return (weight * difference.square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def update_running(running, advantage, mask, decay: float = 0.99):
+    """Running moments of the advantage: (3,) holding sums of 1, A and A^2, old batches fading. Returns the new (3,)."""
+    moments = torch.stack([mask, mask * advantage, mask * advantage.square()]).mean(1)  # (3,)
+    return decay * running + (1 - decay) * moments
+
+
+def advantage_weights(advantage, running, temperature, clip, normalizer):
+    """AWR eq. 3: exp(A / T), clipped, A divided by its running standard deviation. (B,) -> (B,)"""
+    if normalizer == "batch-mean":
+        weights = (advantage / temperature).exp().clamp(max=clip)
+        return weights / weights.mean()
+    mean, mean_square = running[1:] / running[0].clamp(min=1e-8)
+    std = (mean_square - mean.square()).clamp(min=1e-8).sqrt()
+    return (advantage / std / temperature).exp().clamp(max=clip)
+
+
+def keys_loss(logits, keys, weights, pos_weight):
+    """Binary cross-entropy, mean over keys, weighted per sample. (B, K), (B, K), (B,), (K,) -> scalar"""
+    per_sample = F.binary_cross_entropy_with_logits(logits, keys, pos_weight=pos_weight, reduction="none").mean(1)
+    return (weights * per_sample).mean()
+
+
+def mouse_loss(predicted, mouse, known):
+    """Squared error where the pointer is known. (B, 2), (B, 2), (B,) -> scalar"""
+    return ((predicted - mouse).square().mean(1) * known).sum() / known.sum().clamp(min=1)
+
+
+def random_shift(stacks, pixels: int):
+    """Shift every stack by up to `pixels`, its border repeated (DrQ, Kostrikov et al. 2020). (B, C, H, W) uint8"""
+    B, _, H, W = stacks.shape
+    dy, dx = torch.randint(-pixels, pixels + 1, (2, B, 1), device=stacks.device)
+    y = (torch.arange(H, device=stacks.device) + dy).clamp(0, H - 1)  # (B, H)
+    x = (torch.arange(W, device=stacks.device) + dx).clamp(0, W - 1)  # (B, W)
+    return stacks[torch.arange(B, device=stacks.device)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def predict(network, recording: Recording, start: int, stop: int, args: Args, device) -> tuple[np.ndarray, np.ndarray]:
+    """Key probabilities (stop - start, K) and values (stop - start,) of frames [start, stop), in order."""
+    network.eval()
+    reader = ForwardReader(recording.video, args.image_size)
+    probabilities, values = [], []
+    for first in range(start, stop, 64):
+        last = min(first + 64, stop)
+        frames = reader.read(max(0, first - CONTEXT + 1), last).to(device)
+        rows = torch.arange(first, last)[:, None] + torch.arange(1 - CONTEXT, 1)  # (n, T)
+        rows = rows.clamp(min=0) - max(0, first - CONTEXT + 1)  # before the first frame: the first frame again
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
+            logits, _, value = network(frames[rows.to(device)].flatten(1, 2))
+        probabilities.append(logits.float().sigmoid().cpu())
+        values.append(value.float().cpu())
+    network.train()
+    return torch.cat(probabilities).numpy(), torch.cat(values).numpy()  # (n, K), (n,)
+
+
+def f1(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """F1 per key, 0 where a key is neither pressed nor predicted. (N, K), (N, K) -> (K,)"""
+    hits = (predicted & true).sum(0)
+    return 2 * hits / np.maximum(predicted.sum(0) + true.sum(0), 1)
+
+
+def event_f1(predicted: np.ndarray, true: np.ndarray, part: np.ndarray, change: int, tolerance: int = 1) -> float:
+    """F1 of key onsets (change +1) or releases (-1) over all keys. A predicted one is right when a true one, each used
+    once, lies within `tolerance` frames. (N, K), (N, K), (N,) number of the unbroken stretch a frame belongs to"""
+
+    def events(keys):
+        changed = (np.diff(keys.astype(int), axis=0) == change) & (np.diff(part) == 0)[:, None]
+        return [np.flatnonzero(column) for column in changed.T]
+
+    hits = total = 0
+    for mine, theirs in zip(events(predicted), events(true), strict=True):
+        total += len(mine) + len(theirs)
+        nxt = 0
+        for frame in mine:
+            while nxt < len(theirs) and theirs[nxt] < frame - tolerance:
+                nxt += 1
+            if nxt < len(theirs) and theirs[nxt] <= frame + tolerance:
+                hits, nxt = hits + 1, nxt + 1
+    return 2 * hits / max(total, 1)
+
+
+def equal_rate_thresholds(probabilities: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Per key, the threshold that presses it as often as the player did. (N, K), (N, K) -> (K,)"""
+    return np.array([np.quantile(p, 1 - rate) for p, rate in zip(probabilities.T, true.mean(0), strict=True)])
+
+
+def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: int = 0) -> tuple[dict, dict]:
+    """Score the policy on `parts` [(recording, start, stop)], none of them trained on.
+
+    Returns the metrics with their baselines, flat, and per-key and per-frame details. `thresholds` (K,) None takes
+    those of equal rate, which is for validation only. `bootstrap` resamples of 5 s blocks add intervals of 95 %.
+    """
+    columns = []
+    for number, (recording, start, stop) in enumerate(parts):
+        use = recording.usable[start:stop]
+        column = {name: getattr(recording, name)[start:stop] for name in ("keys", "keys_before", "returns", "finished")}
+        column["probability"], column["value"] = predict(network, recording, start, stop, args, device)
+        column["part"] = 10**6 * number + np.cumsum(~use)  # one number for every unbroken stretch
+        columns.append({name: values[use] for name, values in column.items()})
+    true, before, returns, finished, probability, value, part = (
+        np.concatenate([column[name] for column in columns]) for name in columns[0]
+    )
+    if thresholds is None:
+        thresholds = equal_rate_thresholds(probability, true)
+    predicted, always_on, rate = probability > thresholds, np.ones_like(true), true.mean(0)
+    rng = np.random.default_rng(args.seed)
+    shifts = rng.integers(1, len(true), 100)  # a random policy of equal rates: ours, at another time
+    random = [np.roll(predicted, shift, axis=0) for shift in shifts]
+
+    def scores(rows) -> dict:
+        known = rows[finished[rows]]
+        constant = len(known) < 2 or np.ptp(returns[known]) == 0 or np.ptp(value[known]) == 0
+        ap = [
+            average_precision_score(t, p) if t.any() else np.nan
+            for t, p in zip(true[rows].T, probability[rows].T, strict=True)
+        ]
+        return {
+            "ap": np.array(ap),  # (K,)
+            "ap_above_base": np.array(ap) - true[rows].mean(0),  # (K,)
+            "f1_above_always_on": f1(predicted[rows], true[rows]).mean() - f1(always_on[rows], true[rows]).mean(),
+            "value_rank": np.nan if constant else spearmanr(value[known], returns[known]).statistic,
+        }
+
+    whole = scores(np.arange(len(true)))
+    metrics = {
+        "eval/key_ap": np.nanmean(whole["ap"]),
+        "eval/key_ap_random": rate.mean(),
+        "eval/key_f1": f1(predicted, true).mean(),
+        "eval/key_f1_always_off": 0.0,
+        "eval/key_f1_always_on": f1(always_on, true).mean(),
+        "eval/key_f1_majority": f1(np.broadcast_to(rate > 0.5, true.shape), true).mean(),
+        "eval/key_f1_repeat_last": f1(before, true).mean(),
+        "eval/key_f1_random": np.mean([f1(keys, true).mean() for keys in random]),
+        "eval/onset_f1": event_f1(predicted, true, part, +1),
+        "eval/onset_f1_repeat_last": event_f1(before, true, part, +1),
+        "eval/onset_f1_random": np.mean([event_f1(keys, true, part, +1) for keys in random]),
+        "eval/release_f1": event_f1(predicted, true, part, -1),
+        "eval/release_f1_repeat_last": event_f1(before, true, part, -1),
+        "eval/release_f1_random": np.mean([event_f1(keys, true, part, -1) for keys in random]),
+        "eval/value_rank_correlation": whole["value_rank"],
+    }
+    details = {"thresholds": thresholds, "rate": rate, "predicted_rate": predicted.mean(0), "ap": whole["ap"]}
+    details |= {"f1": f1(predicted, true), "value": value, "returns": np.where(finished, returns, np.nan)}
+    if bootstrap:
+        blocks = np.array_split(np.arange(len(true)), max(1, len(true) // int(5 * parts[0][0].fps)))
+        picks = rng.integers(len(blocks), size=(bootstrap, len(blocks)))
+        draws = [
+            scores(np.concatenate([blocks[b] for b in pick])) for pick in tqdm(picks, desc="intervals", leave=False)
+        ]
+        for name in whole:
+            details[f"{name}_95"] = np.nanpercentile(
+                [draw[name] for draw in draws], [2.5, 97.5], axis=0
+            )  # (2,) or (2, K)
+    return {name: float(metric) for name, metric in metrics.items()}, details
+
+
+def report(metrics: dict, details: dict, keys: list[str]):
+    """The figures of the final evaluation, for the terminal."""
+    print(f"\n{'key':<16}{'player':>8}{'policy':>8}{'AP':>7}   95 % above base rate{'F1':>7}")
+    for k, key in enumerate(keys):
+        low, high = details["ap_above_base_95"][:, k]
+        row = f"{key:<16}{details['rate'][k]:>8.1%}{details['predicted_rate'][k]:>8.1%}{details['ap'][k]:>7.2f}"
+        print(f"{row}   {low:>+8.2f} to {high:+.2f}    {details['f1'][k]:>7.2f}")
+    names = ("", "_random", "_repeat_last", "_always_on", "_majority")
+    print(f"\n{'F1':<16}{'policy':>8}{'random':>8}{'repeat last':>13}{'always on':>11}{'majority':>10}")
+    for group in ("key", "onset", "release"):
+        cells = [metrics.get(f"eval/{group}_f1{name}", np.nan) for name in names]
+        print(f"{group:<16}{cells[0]:>8.2f}{cells[1]:>8.2f}{cells[2]:>13.2f}{cells[3]:>11.2f}{cells[4]:>10.2f}")
+    low, high = details["value_rank_95"]
+    rank = metrics["eval/value_rank_correlation"]
+    print(f"\nvalue, rank correlation with the return: {rank:.2f} ({low:.2f} to {high:.2f})")
+
+
+def plot_evaluation(path: Path, metrics: dict, details: dict, keys: list[str]):
+    """eval.png: how well each key is ranked, the policy beside the baselines, the value beside the return."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.3, 1.6])
+    errors = np.abs(details["ap_95"] - details["ap"])  # (2, K)
+    left.bar(keys, details["ap"], yerr=errors, capsize=4, color="C0", label="policy, 95 %")
+    left.bar(keys, details["rate"], color="none", edgecolor="black", linestyle="--", label="base rate")
+    left.set(title="average precision per key", ylim=(0, 1))
+    left.tick_params(axis="x", labelrotation=30)
+    for j, name in enumerate(["", "_random", "_repeat_last", "_always_on", "_majority"]):
+        height = [metrics.get(f"eval/{group}_f1{name}", 0.0) for group in ("key", "onset", "release")]
+        middle.bar(np.arange(3) + 0.16 * (j - 2), height, 0.16, label=name[1:].replace("_", " ") or "policy")
+    middle.set(
+        title="F1 beside the baselines", ylim=(0, 1), xticks=range(3), xticklabels=["keys", "onsets", "releases"]
+    )
+    right.plot(details["returns"], label="return")
+    right.plot(details["value"], linewidth=0.8, label="value")
+    right.set(title="value head", xlabel="held-out frame")
+    for axes in (left, middle, right):
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def draw_keys(picture: np.ndarray, keys: list[str], rows: dict[str, np.ndarray], note: str) -> np.ndarray:
+    """The picture (H, W, 3) above a strip with one line of key caps per entry of `rows` (K,) bool, lit where down."""
+    H, W = picture.shape[0], max(picture.shape[1], 60 + 90 * len(keys))
+    canvas = Image.new("RGB", (W, H + 22 * len(rows) + 26), "black")
+    canvas.paste(Image.fromarray(picture))
+    draw, cap = ImageDraw.Draw(canvas), (W - 60) // len(keys)
+    for line, (name, down) in enumerate(rows.items()):
+        y = H + 4 + 22 * line
+        draw.text((4, y + 3), name, "white")
+        for k, key in enumerate(keys):
+            x, lit = 58 + k * cap, "#3fb950" if line == 0 else "#58a6ff"
+            draw.rectangle((x, y, x + cap - 4, y + 18), lit if down[k] else "#21262d", "#484f58")
+            draw.text((x + 5, y + 3), key.removeprefix("KEY_"), "black" if down[k] else "#8b949e")
+    draw.text((4, H + 6 + 22 * len(rows)), note, "white")
+    return np.asarray(canvas)
+
+
+def write_video(path: Path, network, recording: Recording, thresholds, keys: list[str], args: Args, device):
+    """eval.mp4: the stretch of a held-out recording in which the player's keys change most, with both players' keys."""
+    length = min(int(args.video_seconds * recording.fps), len(recording.usable))
+    changes = np.r_[0, (np.diff(recording.keys.astype(int), axis=0) != 0).any(1)] * recording.usable
+    start = int(np.convolve(changes, np.ones(length), "valid").argmax())
+    stop = start + length
+    probability, value = predict(network, recording, start, stop, args, device)
+    reader, video = VideoReader(recording.video), None
+    for frame_numbers, pictures in iter_frames(reader, start, stop):
+        for i, picture in zip(frame_numbers, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
+            rows = {"player": recording.keys[i], "policy": probability[i - start] > thresholds}
+            note = f"{recording.name}  frame {i}  value {value[i - start]:+.2f}"
+            note += f"  return {recording.returns[i]:+.2f}" if recording.finished[i] else ""
+            drawn = draw_keys(picture, keys, rows, note)
+            video = video or VideoWriter(path, recording.fps, drawn.shape[1], drawn.shape[0], crf=23)
+            video.add(drawn)
+    video.close()
+
+
+# main -----------------------------------------------------------------------------------------------------------------
+def use_bf16(precision: str, device: torch.device) -> bool:
+    if precision == "auto":
+        return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    return precision == "bf16"
+
+
+def main(args: Args) -> dict:
+    checkpoint = None
+    if args.resume:
+        args = runs.resume_args(args, may_change=("epochs", "max_updates", "workers", "device"))
+        checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
+    device = runs.pick_device(args.device)
+    if args.pretrained and args.backbone != "resnet18":
+        raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
+
+    # data: sessions, keys, split
+    folders = find_sessions(args.data_dir)
+    train_folders, heldout_folders = split_sessions(folders, args.heldout)
+    keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
+    recordings = [load_recording(folder, keys, args.action_horizon) for folder in tqdm(train_folders, desc="sessions")]
+    heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
+    validation = choose_validation(recordings, args.val_fraction, args.seed)
+    training = [recording.training for recording in recordings]
+    n_training = int(sum(mask.sum() for mask in training))
+    updates_per_epoch = n_training // args.batch_size
+    if updates_per_epoch == 0:
+        raise ValueError(f"{args.data_dir} has {n_training} training frames, fewer than --batch-size {args.batch_size}")
+    total_updates = args.max_updates or args.epochs * updates_per_epoch
+    labels = {  # rows of all training recordings laid end to end
+        name: torch.tensor(np.concatenate([getattr(recording, name) for recording in recordings]), dtype=torch.float32)
+        for name in ("keys", "returns", "finished", "mouse", "mouse_known")
+    }
+    down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
+    pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
+    labels = {name: label.to(device) for name, label in labels.items()}
+
+    # run folder
+    if checkpoint is None:
+        run_dir = runs.make_run_dir(args, __file__, Path(args.data_dir).resolve().name)
+        label_files = [folder / name for folder in folders for name in ("recording.mp4", "returns.parquet")]
+        facts = {"device": str(device), "video_backend": video_backend(), "bf16": use_bf16(args.precision, device)}
+        runs.write_provenance(run_dir, label_files, **facts)
+        names = {"train": [r.name for r in recordings], "heldout": [r.name for r in heldout]}
+        runs.write_json(run_dir / "split.json", names | {"validation_blocks": validation, "keys": keys})
+    else:
+        run_dir = Path(args.resume)
+    start_update = checkpoint["update"] if checkpoint else 0
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
+    writer = SummaryWriter(str(run_dir), purge_step=start_update + 1 if checkpoint else None)
+    writer.add_text(
+        "hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
+    )
+    print(f"{run_dir}: {n_training:,} training frames of {len(recordings)} sessions, keys {', '.join(keys)}")
+    print(f"{total_updates:,} updates of {args.batch_size} on {device}, video decoded by {video_backend()}")
+
+    # network and optimiser
+    runs.seed_everything(args.seed, args.torch_deterministic)
+    network = ReflexNet(len(keys), args.backbone)
+    if args.pretrained:
+        network.backbone.load_pretrained(args.pretrained)
+    network = network.to(device, memory_format=torch.channels_last)
+    model = torch.compile(network) if args.compile_model else network
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    pos_weight, running = pos_weight.to(device), torch.zeros(3, device=device)
+    best_ap = -1.0
+    if checkpoint:
+        network.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        running, best_ap = checkpoint["running"].to(device), checkpoint["best_ap"]
+        runs.set_rng_state(checkpoint["rng"])
+
+    def save(name: str, update: int):
+        runs.save_checkpoint(
+            run_dir / name,
+            {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "running": running,
+                "best_ap": best_ap,
+                "rng": runs.rng_state(),
+                "update": update,
+                "network": {"n_keys": len(keys), "backbone": args.backbone},  # ReflexNet(**network)
+                "keys": keys,
+                "thresholds": thresholds.tolist(),
+                "image_size": args.image_size,
+                "action_horizon": args.action_horizon,
+                "fps": recordings[0].fps,
+            },
+        )
+
+    thresholds = np.array(checkpoint["thresholds"]) if checkpoint else np.full(len(keys), 0.5)
+    val_parts = [(recordings[r], start, stop) for r, start, stop in validation]
+    val_parts = [part for part in val_parts if part[0].usable[part[1] : part[2]].any()]
+    progress = tqdm(total=total_updates, initial=start_update, desc="updates", unit="update")
+    update, started, waited, wait_from = start_update, time.time(), 0.0, time.time()
+    with runs.StopSignal() as stop_signal:
+        while update < total_updates and not stop_signal:
+            epoch, first_batch = divmod(update, updates_per_epoch)
+            decode, train = plan_epoch(training, args.buffer_frames, args.shuffle, args.seed, epoch)
+            for frames, stack, rows in stream_batches(recordings, decode, train, args, first_batch):
+                waited += time.time() - wait_from
+
+                # fetch: unique frames to the device, stacks are built there
+                stacks = frames.to(device)[stack.to(device)].flatten(1, 2)  # (B, T * 3, S, S)
+                rows = rows.to(device)
+                returns, finished = labels["returns"][rows], labels["finished"][rows]  # (B,)
+                if args.random_shift:
+                    stacks = random_shift(stacks, args.random_shift)
+
+                # forward and loss
+                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
+                    logits, mouse_xy, value = model(stacks)
+                logits, mouse_xy, value = logits.float(), mouse_xy.float(), value.float()
+                advantage = (returns - value).detach()  # (B,)
+                running = update_running(running, advantage, finished)
+                weights = torch.ones_like(advantage)
+                if args.use_awr:
+                    weights = advantage_weights(
+                        advantage, running, args.iql_adv_temperature, args.iql_adv_clip, args.iql_adv_normalizer
+                    )
+                    weights = torch.where(
+                        finished > 0, weights, 1.0
+                    )  # the return of an unfinished episode is not known
+                policy_loss = keys_loss(logits, labels["keys"][rows], weights, pos_weight)
+                value_loss = expectile_loss(returns, value, args.iql_expectile, finished)
+                pointer_loss = mouse_loss(mouse_xy, labels["mouse"][rows], labels["mouse_known"][rows])
+                loss = policy_loss + args.value_coef * value_loss + args.mouse_coef * pointer_loss
+
+                # step
+                lr = args.lr * (1 - update / total_updates) if args.anneal_lr else args.lr
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                optimizer.step()
+                update += 1
+                progress.update()
+
+                # log
+                if update % args.log_every == 0 or update == total_updates:
+                    elapsed = time.time() - started
+                    scalars = {
+                        "train/loss": loss.item(),
+                        "train/policy_loss": policy_loss.item(),
+                        "train/value_loss": value_loss.item(),
+                        "train/mouse_loss": pointer_loss.item(),
+                        "train/grad_norm": grad_norm.item(),
+                        "train/advantage_mean": advantage.mean().item(),
+                        "train/weight_mean": weights.mean().item(),
+                        "train/weight_clipped_frac": (weights >= args.iql_adv_clip).float().mean().item(),
+                        "charts/learning_rate": lr,
+                        "charts/SPS": (update - start_update) * args.batch_size / elapsed,
+                        "charts/frames_seen": update * args.batch_size,
+                        "charts/epoch": update / updates_per_epoch,
+                        "time/data_wait_frac": waited / elapsed,
+                        "time/step_ms": 1000 * (elapsed - waited) / (update - start_update),
+                    }
+                    for name, scalar in scalars.items():
+                        writer.add_scalar(name, scalar, update)
+                    progress.set_postfix(loss=f"{scalars['train/loss']:.3f}", epoch=f"{scalars['charts/epoch']:.2f}")
+
+                # evaluate, save
+                if update % updates_per_epoch == 0 or update == total_updates:
+                    if val_parts:
+                        metrics, details = evaluate(network, val_parts, None, args, device)
+                        thresholds = details["thresholds"]
+                        for name, metric in metrics.items():
+                            writer.add_scalar(name, metric, update)
+                    if not val_parts or metrics["eval/key_ap"] > best_ap:
+                        best_ap = metrics["eval/key_ap"] if val_parts else best_ap
+                        save("best.pt", update)
+                    save("last.pt", update)
+                elif update % args.save_every == 0 or stop_signal:
+                    save("last.pt", update)
+                if stop_signal or update == total_updates:
+                    break
+                wait_from = time.time()
+    progress.close()
+    if stop_signal:
+        writer.close()
+        print(f"stopped after update {update} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}")
+        raise SystemExit(130)
+
+    # final evaluation: the held-out session is read once, with the thresholds and the network that validation chose
+    best = runs.load_checkpoint(run_dir / "best.pt", device)
+    network.load_state_dict(best["model"])
+    thresholds = np.array(best["thresholds"])
+    parts = [(recording, 0, len(recording.usable)) for recording in heldout]
+    metrics, details = evaluate(network, parts, thresholds, args, device, args.bootstrap)
+    arrays = {name: array.tolist() for name, array in details.items() if name not in ("value", "returns")}
+    held_names = [recording.name for recording in heldout]
+    runs.write_json(run_dir / "eval.json", {"sessions": held_names, "keys": keys, "metrics": metrics} | arrays)
+    plot_evaluation(run_dir / "eval.png", metrics, details, keys)
+    if args.video_seconds:
+        write_video(run_dir / "eval.mp4", network, heldout[0], thresholds, keys, args, device)
+    writer.close()
+    print(f"\nheld-out {', '.join(held_names)}: {len(details['value']):,} frames in episodes")
+    report(metrics, details, keys)
+    print(f"\nfiles  {run_dir}: eval.json, eval.png, eval.mp4, best.pt, last.pt")
+    print(f"curves tensorboard --logdir {args.run_root}")
+    return metrics | {"run_dir": str(run_dir), "update": update}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, args=runs.cli_words(Args, env_prefix="REFLEX_TRAIN_")))

@@ -1,0 +1,181 @@
+"""The matcher against the float64 reference, at borders, in flat areas, and on useless input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.template_matching import load_sprites, make_bank, match, score_maps
+from tests.reference import masked_zncc
+
+H, W = 40, 56
+
+
+def random_template(rng, h, w):
+    """An irregular mask: the corners may be empty, holes are likely."""
+    mask = rng.random((h, w)) < rng.uniform(0.4, 0.95)
+    mask[h // 2, :2] = True
+    return rng.uniform(0, 255, (h, w)), mask
+
+
+def difficult_frames(rng):
+    """Noise; noise of 1.2 grey levels on white and on black, beside full contrast; a gradient; half constant."""
+    quiet = rng.normal(0, 1.2, (H, W))
+    contrast = rng.integers(0, 2, (H, W)) * 255.0
+    left = np.arange(W) < W // 2
+    return {
+        "noise": rng.uniform(0, 255, (H, W)),
+        "quiet_bright": np.clip(250 + quiet, 0, 255),
+        "quiet_beside_contrast": np.where(left, np.clip(252 + quiet, 0, 255), contrast),
+        "quiet_beside_white": np.where(left, np.clip(3 + quiet, 0, 255), 255.0),
+        "gradient": np.tile(np.linspace(0, 255, W), (H, 1)),
+        "half_constant": np.where(left, 128.0, rng.uniform(0, 255, (H, W))),
+    }
+
+
+@pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
+@pytest.mark.parametrize("size", [(11, 15), (7, 4), (3, 4), (H, 9), (H, W)])
+def test_equals_float64_reference_at_every_position(kind, size):
+    rng = np.random.default_rng(sum(size))
+    frame = difficult_frames(rng)[kind].astype(np.float32)
+    grey, mask = random_template(rng, *size)
+    (scores,) = score_maps(torch.from_numpy(frame)[None], make_bank(["t"], [grey], [mask]))
+    expected, deviation = masked_zncc(frame, grey, mask)
+    assert scores.shape == (1, H - size[0] + 1, W - size[1] + 1)
+    assert torch.isfinite(scores).all() and scores.abs().max() <= 1
+    error = np.abs(scores[0].numpy() - expected)
+    assert error[deviation > 1].max(initial=0) < 1e-4
+    assert (scores[0].numpy()[deviation < 1] == 0).all()  # flat by definition
+
+
+def test_flat_frames_score_zero_and_stay_finite():
+    grey, mask = random_template(np.random.default_rng(1), 9, 9)
+    bank = make_bank(["t"], [grey], [mask])
+    for level in (0.0, 128.0, 255.0):
+        score, _, _ = match(torch.full((2, H, W), level), bank)
+        assert (score == 0).all()
+
+
+def test_large_frame_keeps_the_accuracy():
+    """Rounding grows with the frame: 640x480, quiet beside full contrast, checked at 200 positions."""
+    rng = np.random.default_rng(2)
+    frame = rng.integers(0, 2, (480, 640)) * 255.0
+    frame[:, :320] = np.clip(rng.normal(250, 1.3, (480, 320)), 0, 255)
+    frame = frame.astype(np.float32)
+    grey, mask = random_template(rng, 12, 12)
+    (scores,) = score_maps(torch.from_numpy(frame)[None], make_bank(["t"], [grey], [mask]))
+    for y, x in rng.integers(0, (469, 300), (200, 2)):
+        expected, deviation = masked_zncc(frame[y : y + 12, x : x + 12], grey, mask)
+        if deviation[0, 0] > 1:
+            assert abs(scores[0, y, x] - expected[0, 0]) < 1e-4
+
+
+@pytest.mark.parametrize("y", [0, 13, H - 9])
+@pytest.mark.parametrize("x", [0, 20, W - 12])
+def test_pasted_sprite_is_found_where_it_is(y, x):
+    """All four corners, all four edges and the middle; the frame is noise, also inside the sprite's holes."""
+    rng = np.random.default_rng(3)
+    grey, mask = random_template(rng, 9, 12)
+    frame = rng.uniform(0, 255, (H, W))
+    frame[y : y + 9, x : x + 12][mask] = 40 + 0.5 * grey[mask]  # brightness and contrast do not matter
+    score, found_y, found_x = match(torch.from_numpy(frame).float()[None], make_bank(["t"], [grey], [mask]))
+    assert score.item() > 0.999
+    assert (found_y.item(), found_x.item()) == (y, x)
+
+
+def test_many_frames_and_templates_give_the_same_as_one_by_one():
+    rng = np.random.default_rng(4)
+    frames = torch.from_numpy(rng.uniform(0, 255, (5, H, W))).float()
+    templates = [random_template(rng, h, w) for h, w in ((9, 12), (5, 5), (9, 12))]
+    templates.append((rng.uniform(0, 255, (9, 12)), templates[0][1].copy()))  # the first one's mask again
+    greys, masks = [grey for grey, _ in templates], [mask for _, mask in templates]
+    bank = make_bank(list("abcd"), greys, masks)
+    assert bank.mask_of == [0, 1, 2, 0]
+    together = match(frames, bank)
+    assert all(result.shape == (5, 4) for result in together)
+    for n in range(5):
+        for t in range(4):
+            alone = match(frames[n : n + 1], make_bank(["t"], [greys[t]], [masks[t]]))
+            for result, expected in zip(together, alone, strict=True):
+                assert result[n, t] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_spectra_are_kept_per_frame_size():
+    rng = np.random.default_rng(5)
+    grey, mask = random_template(rng, 6, 6)
+    bank = make_bank(["t"], [grey], [mask])
+    for size in ((20, 30), (30, 20), (20, 30)):
+        frame = rng.uniform(0, 255, size)
+        frame[4:10, 7:13][mask] = grey[mask]
+        score, y, x = match(torch.from_numpy(frame).float()[None], bank)
+        assert (y.item(), x.item()) == (4, 7) and score.item() > 0.999
+    assert len(bank.spectra) == 2
+    kept = dict(bank.spectra)
+    match(torch.zeros(1, 20, 30), bank)
+    assert all(bank.spectra[key] is kept[key] for key in kept)
+
+
+def test_perfect_matches_never_exceed_one():
+    """Rounding would put a few of these above 1 by 1e-7."""
+    for seed in range(20):
+        grey, mask = random_template(np.random.default_rng(seed), 9, 12)
+        for sign in (1, -1):
+            frame = np.full((H, W), 128.0)
+            frame[10:19, 20:32][mask] = 128 + sign * 0.4 * (grey[mask] - 128)
+            (scores,) = score_maps(torch.from_numpy(frame).float()[None], make_bank(["t"], [grey], [mask]))
+            assert scores.max() <= 1 and scores.min() >= -1
+            assert abs(scores[0, 10, 20] - sign) < 1e-5
+
+
+def save_sprite(path, rng, height=10, width=13):
+    """A smooth picture with an elliptical alpha, as sprites have."""
+    yy, xx = np.mgrid[0:height, 0:width]
+    alpha = ((yy / (height - 1) - 0.5) ** 2 + (xx / (width - 1) - 0.5) ** 2 < 0.2) * 255
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    rgb = np.asarray(small.resize((width, height), Image.BICUBIC))
+    Image.fromarray(np.dstack([rgb, alpha.astype(np.uint8)]), "RGBA").save(path)
+    return rgb, alpha > 127
+
+
+def test_load_sprites_uses_alpha_and_bt601(tmp_path):
+    rgb, mask = save_sprite(tmp_path / "a.png", np.random.default_rng(6))
+    bank = load_sprites(tmp_path, scale=1)
+    grey = 0.299 * rgb[..., 0] + 0.587 * rgb[..., 1] + 0.114 * rgb[..., 2]
+    expected = make_bank(["a"], [grey], [mask])
+    torch.testing.assert_close(bank.templates[0], expected.templates[0])
+    assert torch.equal(bank.masks[0], torch.from_numpy(mask).float())
+
+
+def test_mirror_adds_the_flipped_sprite(tmp_path):
+    save_sprite(tmp_path / "a.png", np.random.default_rng(7))
+    bank = load_sprites([tmp_path / "a.png"], scale=1, mirror=True)
+    assert len(bank.names) == 2 and "mirrored" in bank.names[1]
+    torch.testing.assert_close(bank.templates[1], bank.templates[0].flip(1))
+
+
+def test_half_scale_of_an_odd_size_is_exactly_half(tmp_path):
+    """A 21x13 sprite pasted at an even place of the full frame and halved with it, is found at half that place."""
+    rng = np.random.default_rng(8)
+    rgb, mask = save_sprite(tmp_path / "a.png", rng, 13, 21)
+    bank = load_sprites(tmp_path, scale=0.5)
+    assert bank.templates[0].shape == (7, 11)
+    frame = rng.uniform(0, 255, (80, 112))
+    frame[30:43, 50:71][mask] = (rgb @ np.array([0.299, 0.587, 0.114]))[mask]
+    half = torch.nn.functional.interpolate(
+        torch.from_numpy(frame).float()[None, None], (40, 56), mode="bilinear", antialias=True
+    )[0]
+    score, y, x = match(half, bank)
+    assert (y.item(), x.item()) == (15, 25) and score.item() > 0.93
+
+
+def test_useless_input_is_refused_by_name(tmp_path):
+    mask = np.ones((5, 5), bool)
+    with pytest.raises(ValueError, match="flat.png.*standard deviation"):
+        make_bank(["flat.png"], [np.full((5, 5), 7.0)], [mask])
+    with pytest.raises(ValueError, match="empty.png.*alpha"):
+        make_bank(["empty.png"], [np.zeros((5, 5))], [~mask])
+    with pytest.raises(FileNotFoundError, match="no png file"):
+        load_sprites(tmp_path)
+    bank = make_bank(["big.png"], [np.random.default_rng(9).uniform(0, 255, (5, 50))], [np.ones((5, 50), bool)])
+    with pytest.raises(ValueError, match="big.png is 50x5 pixels, larger than the 40x30 frame"):
+        match(torch.zeros(1, 30, 40), bank)
