@@ -91,7 +91,7 @@ def main(args: Args) -> dict:
 def record(args: Args, folder: Path, level: Path) -> dict:
     """Play and record until time is up, the level is won, the game ends, or a signal comes."""
     terrain = read_terrain(level)
-    player = Demonstrator(args.demonstrator, terrain, args.seed)
+    player = Demonstrator(args.demonstrator, terrain, args.seed, args.fps)
     metadata = {
         "game": args.game,
         "level": args.level,

@@ -20,6 +20,7 @@ from supertux_env.levels import TILE, Terrain
 RIGHT, LEFT, JUMP, ACTION = KEYS = ("KEY_RIGHT", "KEY_LEFT", "KEY_SPACE", "KEY_LEFTCTRL")
 GRAVITY = 1000.0  # pixels per second squared, measured, as are the speeds below
 STEP = 0.015  # seconds
+DT = 0.025  # seconds, of an imagined step
 WALK = 80.0  # an enemy's speed
 TOP_SPEED = 320.0
 
@@ -31,7 +32,7 @@ WALKERS = {  # picture files and the place of the 32x32 hit box in them, looking
 }
 POSES = ["stand-0", "jump-0", "skid-0", "kick-0", *(f"walk-{i}" for i in range(8))]
 CANVAS, CANVAS_LEFT, CANVAS_TOP = 48, 8, 12  # a square around a walker's hit box, and where the hit box lies in it
-TUX_SCORE, ENEMY_SCORE = 0.84, 0.84
+TUX_SCORE, ENEMY_SCORE = 0.84, 0.79
 SUITS = {"small": (32, 8, 16), "big": (64, 16, 14), "fire": (64, 16, 14)}  # height, hit box in the sprite: left, top
 
 
@@ -122,7 +123,7 @@ class Eyes:
         for row in range(max(1, round(feet / TILE) - 4), min(rows, round(feet / TILE) + 5)):
             top = round((row * TILE - 32 - CANVAS_TOP - camera_y) / 2)
             places = lefts[surface[row, under]]
-            for y in (top - 1, top, top + 1):
+            for y in (top,) if rows * TILE <= 2 * len(grey) else (top - 1, top, top + 1):  # a camera that moves up and down
                 if len(places) == 0 or y < 0 or y + CANVAS // 2 > len(grey):
                     continue
                 strip = np.lib.stride_tricks.sliding_window_view(grey[y : y + CANVAS // 2], CANVAS // 2, axis=1)
@@ -162,7 +163,7 @@ def _walkers() -> tuple[list[tuple[str, int]], torch.Tensor, torch.Tensor]:
                 sprite = image.convert("RGBA")
             for facing, odd in ((-1, 0), (-1, 1), (1, 0), (1, 1)):
                 canvas = Image.new("RGBA", (CANVAS, CANVAS))
-                canvas.paste(sprite, (CANVAS_LEFT - left, CANVAS_TOP - top))
+                canvas.paste(sprite, (CANVAS_LEFT - left, CANVAS_TOP - top - 1))  # drawn one pixel higher
                 if facing == 1:  # mirrored about the middle of the hit box, which is the canvas's middle
                     canvas = ImageOps.mirror(canvas)
                 canvas = ImageChops.offset(canvas, odd, 0)
@@ -192,126 +193,139 @@ class Skill:
     """How well a demonstrator plays."""
 
     reaction_frames: int  # from seeing to acting
-    foresight_s: float  # how far ahead of the picture it thinks; less than its reaction time and it acts late
-    pit_margin: float  # pixels between its front and the edge when it jumps
-    enemy_margin: float  # pixels between the middles when it jumps
-    careful: bool  # slows down before an enemy, shoots, and steers in the air
+    foreseen_frames: int  # how much of that it allows for; less than its reaction and it acts late
+    plans: tuple[str, ...]  # what it can think of, the first one is preferred
+    horizon_s: float  # how far it thinks
+    squish_worth: float  # pixels of progress it would give for a squish
     random: float  # fraction of decisions replaced by a random one
 
 
+# A plan holds, frame by frame, R right, L left, J jump and right, j jump, K jump and left, _ nothing; the last one stays.
 SKILLS = {
-    "skilled": Skill(reaction_frames=2, foresight_s=0.2, pit_margin=48, enemy_margin=130, careful=True, random=0.02),
-    "sloppy": Skill(reaction_frames=3, foresight_s=0.1, pit_margin=52, enemy_margin=170, careful=False, random=0.04),
+    "skilled": Skill(
+        reaction_frames=2,
+        foreseen_frames=2,
+        plans=("R", "RRJJJR", "RRJJJJJJR", "JJJR", "JJJJJJR", "JJJ_", "JJJL", "_", "____JJJR", "L", "LLLJJJR", "KKKL"),
+        horizon_s=1.0,
+        squish_worth=200,
+        random=0.02,
+    ),
+    "sloppy": Skill(
+        reaction_frames=3,
+        foreseen_frames=1,
+        plans=("R", "RJJJR", "JJJR", "JJJJJJR", "L"),
+        horizon_s=0.7,
+        squish_worth=100,
+        random=0.04,
+    ),
 }
+LETTERS = {"R": {RIGHT}, "L": {LEFT}, "J": {RIGHT, JUMP}, "j": {JUMP}, "K": {LEFT, JUMP}, "_": set()}
 RANDOM_ACTS = (set(), {RIGHT}, {LEFT}, {RIGHT, JUMP})
 
 
-def decide(view: View, terrain: Terrain, skill: Skill) -> set[str]:
-    """The keys to hold, as a function of what is visible."""
-    if view.on_ground:
-        return _on_ground(view, terrain, skill)
-    return _in_air(view, terrain, skill)
+def decide(
+    view: View, terrain: Terrain, skill: Skill, holding: set[str], pending: list[set[str]], frame_s: float
+) -> set[str]:
+    """The keys to hold: the first ones of the best plan. `holding` are the keys that are down in this frame, `pending`
+    the decisions that are still on their way."""
+    if view.suit == "fire":
+        targets = [e.x for e in view.enemies if e.kind != "snowball" and abs(e.y) < 40 and 40 < e.x < 320]
+        if targets:
+            return {ACTION} | ({RIGHT} if targets[0] > 220 else set())
+    foreseen = pending[: skill.foreseen_frames]
+    scores = [
+        imagine(view, terrain, holding, foreseen + [LETTERS[letter] for letter in plan], skill, frame_s)
+        for plan in skill.plans
+    ]
+    best = max(range(len(scores)), key=lambda i: (round(scores[i]), -i))
+    return LETTERS[skill.plans[best][0]]
 
 
-def _on_ground(view: View, terrain: Terrain, skill: Skill) -> set[str]:
-    front = view.x + TILE + view.vx * skill.foresight_s
-    pit, wall = _obstacles(view, terrain)
-    if pit - front < skill.pit_margin or wall - front < 70:
-        return {RIGHT, JUMP}
-    threat = _threat(view, min(pit, wall), skill)
-    if threat is None:
-        return {RIGHT}
-    distance = threat.x + (threat.vx - view.vx) * skill.foresight_s
-    shoots = view.suit == "fire" and (threat.kind == "smartball" or not skill.careful)
-    if shoots and 40 < distance < 300:
-        return {ACTION} | ({RIGHT} if distance > 200 else set())
-    if distance < 40 and skill.careful:
-        return {LEFT, JUMP}
-    if distance < skill.enemy_margin:
-        return {RIGHT, JUMP}
-    if distance < skill.enemy_margin + 100 and skill.careful:
-        return {LEFT} if view.vx > 120 else set()
-    return {RIGHT}
-
-
-def _in_air(view: View, terrain: Terrain, skill: Skill) -> set[str]:
-    rising = view.vy < -100
-    pit, wall = _obstacles(view, terrain)
-    keys = {RIGHT}
-    if rising and (wall - view.x - TILE < 100 or _lands_in_pit(view, terrain)):
-        return {RIGHT, JUMP}
-    if not skill.careful:
-        return keys
-    misses = []  # how far past an enemy's middle Tux comes down, in pixels
-    for enemy in view.enemies:
-        drop = enemy.y - 26  # to its head
-        if drop > 0 and enemy.x > -40:
-            fall_s = (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * drop)) / GRAVITY
-            misses.append((view.vx - enemy.vx) * fall_s - enemy.x)
-    miss = min(misses, key=abs, default=None)
-    if miss is None or not -220 < miss < 160 or _lands_in_pit(view, terrain):
-        return keys
-    if -80 < miss < -20 and view.vx < 250:
-        return keys  # it can still reach the enemy
-    return {LEFT} if miss > 20 or miss < -20 else set()  # else rather come down well before it
-
-
-def _obstacles(view: View, terrain: Terrain) -> tuple[float, float]:
-    """Where the next pit and the next wall begin, pixels in the level; infinity where none is visible."""
-    solid, row = terrain.solid, round(view.feet / TILE)
-    rows, columns = solid.shape
-    body = slice(max(0, row - (1 if view.suit == "small" else 2)), max(0, row))
-    pit = wall = np.inf
-    for column in range(int((view.x + TILE - 1) // TILE), min(columns, int(view.right_edge // TILE) + 1)):
-        if pit == np.inf and not solid[max(0, row - 3) :, column].any():
-            pit = column * TILE
-        if column * TILE >= view.x + TILE - 2 and solid[body, column].any():
-            wall = column * TILE
-            break
-    return pit, wall
-
-
-def _lands_in_pit(view: View, terrain: Terrain) -> bool:
-    """Whether Tux, let go now, comes down where no ground is."""
+def imagine(
+    view: View, terrain: Terrain, holding: set[str], keys: list[set[str]], skill: Skill, frame_s: float
+) -> float:
+    """Play `keys` out in the head, frame by frame. Returns pixels of progress, squishes counted in, or -1000 and less
+    for a death. The speeds are the game's as measured on flat ground."""
     solid = terrain.solid
-    column = int(view.x // TILE)
-    below = solid[:, np.clip([column, column + 1], 0, solid.shape[1] - 1)].any(1)
-    row = int(np.argmax(below)) if below.any() else len(solid)
-    drop = max(0.0, row * TILE - view.feet) if below.any() else 64.0
-    fall_s = (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * drop)) / GRAVITY
-    left = view.x + view.vx * fall_s
-    landing = np.clip([int(left // TILE), int((left + TILE - 1) // TILE)], 0, solid.shape[1] - 1)
-    return not solid[:, landing].any()
+    rows, columns = solid.shape
+    height = SUITS[view.suit][0]
+    x, feet, vx, vy, on_ground = view.x, view.feet, view.vx, view.vy, view.on_ground
+    enemies = [[e.x + view.x + TILE / 2, e.y + view.feet, e.vx] for e in view.enemies]
+    held = boosted = JUMP in holding  # boosted: rising by a jump, which is cut short when the key is let go
+    score, time_s = -4.0 * sum(JUMP in k for k in keys), 0.0
+    end_s = skill.horizon_s + skill.foreseen_frames * frame_s
 
+    def blocked(left: float, top_row: int, bottom_row: int) -> bool:
+        c0, c1 = max(0, int(left) // TILE), min(columns - 1, int(left + TILE - 1) // TILE)
+        return bool(solid[max(0, top_row) : max(0, bottom_row) + 1, c0 : c1 + 1].any())
 
-def _threat(view: View, flat_until: float, skill: Skill) -> Enemy | None:
-    """The nearest enemy ahead on the stretch Tux stands on."""
-    ahead = [e for e in view.enemies if abs(e.y) < 20 and -10 < e.x and view.x + e.x < flat_until]
-    return ahead[0] if ahead else None
+    while time_s < end_s or (not on_ground and time_s < end_s + 1):
+        now = keys[min(len(keys) - 1, int(time_s / frame_s))]
+        time_s += DT
+        # sideways: 100 at once, then 300 per second squared; 450 when let go, 600 against
+        way = (RIGHT in now) - (LEFT in now)
+        if way == 0:
+            vx = 0.0 if abs(vx) < 100 else vx - np.sign(vx) * 450 * DT
+        elif vx * way < -100:
+            vx += way * 600 * DT
+        else:
+            vx = way * min(TOP_SPEED, max(100.0, abs(vx) if vx * way > 0 else 0.0) + 350 * DT)
+        new_x = max(0.0, x + vx * DT)
+        if blocked(new_x, int(feet - height + 4) // TILE, int(feet - 4) // TILE):
+            vx = 0.0
+        else:
+            x = new_x
+        # up and down
+        jumping = JUMP in now
+        if jumping and not held and on_ground:
+            vy, on_ground, boosted = (-580.0 if abs(vx) > 230 else -520.0), False, True
+        held = jumping
+        if not on_ground or not blocked(x, int(feet) // TILE, int(feet) // TILE):
+            on_ground = False
+            vy += GRAVITY * DT * (3 if vy < 0 and boosted and not jumping else 1)
+            new_feet = feet + vy * DT
+            row = int(new_feet) // TILE
+            if vy > 0 and row > int(feet - 1) // TILE and row < rows and blocked(x, row, row):
+                new_feet, vy, on_ground = float(row * TILE), 0.0, True
+            feet = new_feet
+            if feet > rows * TILE:
+                return -1000 + 100 * time_s
+        # enemies
+        for enemy in enemies:
+            enemy[0] += enemy[2] * DT
+            if abs(x + TILE / 2 - enemy[0]) < 31 and feet - height < enemy[1] and feet > enemy[1] - TILE:
+                if vy > 0 and feet < enemy[1] - TILE + 18:
+                    vy, boosted, score = (-520.0 if jumping else -300.0), False, score + skill.squish_worth
+                    enemy[1] = np.inf
+                else:
+                    return -1000 + 100 * time_s
+    return score + x - view.x
 
 
 class Demonstrator:
     """Turns frames into held keys. `decisions` and `random_acts` count what it decided."""
 
-    def __init__(self, name: str, terrain: Terrain, seed: int):
+    def __init__(self, name: str, terrain: Terrain, seed: int, fps: float = 10.0):
         if name not in SKILLS:
             raise ValueError(f"demonstrator {name!r} is not known, expected one of {sorted(SKILLS)}")
-        self.skill, self.terrain, self.eyes = SKILLS[name], terrain, Eyes(terrain)
+        self.skill, self.terrain, self.eyes, self.frame_s = SKILLS[name], terrain, Eyes(terrain), 1 / fps
         self.rng = np.random.default_rng(seed)
-        self.waiting: deque[set[str]] = deque([set()] * self.skill.reaction_frames)
+        self.holding: set[str] = set()
+        self.pending: deque[set[str]] = deque([set()] * self.skill.reaction_frames)
         self.jumps_in_vain = 0
         self.decisions = self.random_acts = 0
 
     def act(self, frame: np.ndarray, position: tuple[float, float, float, float] | None) -> set[str]:
-        """The keys to hold from now on, decided `reaction_frames` ago. `position` is None while Tux is dead or won."""
+        """The keys to hold from now on, decided `reaction_frames` ago. `position` is None while Tux is dead or has won."""
         if position is None:
             self.eyes.camera = None  # a restart moves it
-        self.waiting.append(set() if position is None else self._decide(frame, position))
-        return self.waiting.popleft()
+        self.pending.append(set() if position is None else self._decide(frame, position))
+        self.holding = self.pending.popleft()
+        return self.holding
 
     def _decide(self, frame: np.ndarray, position: tuple[float, float, float, float]) -> set[str]:
         view = self.eyes.look(frame, position)
-        keys = decide(view, self.terrain, self.skill)
+        keys = decide(view, self.terrain, self.skill, self.holding, list(self.pending), self.frame_s)
         # a key that was already held when Tux landed does not jump: let go of it once
         self.jumps_in_vain = self.jumps_in_vain + 1 if JUMP in keys and view.on_ground else 0
         if self.jumps_in_vain > 5:

@@ -181,7 +181,9 @@ def dataset(tmp_path):
     mask = yy**2 + xx**2 < 1
     folder = tmp_path / "sprites" / "creatures" / "tux" / "small"
     folder.mkdir(parents=True)
-    Image.fromarray(np.dstack([sprite, mask.astype(np.uint8) * 255]), "RGBA").save(folder / "gameover-0.png")
+    alpha = mask.astype(np.uint8) * 255
+    Image.fromarray(np.dstack([sprite, alpha]), "RGBA").save(folder / "gameover-0.png")
+    Image.fromarray(np.dstack([sprite[::-1, ::-1], alpha]), "RGBA").save(folder / "gameover-1.png")  # never shown
     background = np.asarray(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((160, 96)))
     for name, deaths in (("run_a", DEATHS), ("run_b", ())):
         pictures = np.stack([background[:, i % 32 : i % 32 + 128] for i in range(N)])
@@ -191,8 +193,9 @@ def dataset(tmp_path):
         keys = {"KEY_RIGHT": np.arange(N) % 20 < 10, WIN_KEY: (np.arange(N) == 115) & bool(deaths)}
         write_session(tmp_path / name, N, pictures=pictures, keys=keys, labels=False)
     frames = load_session(tmp_path / "run_a").timestamps
-    truth = {"timestamp": [frames[30] - 40, frames[80] - 40, frames[115]], "what": ["death", "death", "win"]}
-    write_table(tmp_path / "run_a" / "truth.parquet", truth | {"data": [""] * 3}, TRUTH)
+    moments = [frames[0] - 5000, frames[30] - 40, frames[80] - 40, frames[115], frames[-1] + 5000]
+    truth = {"timestamp": moments, "what": ["death", "death", "death", "win", "death"]}  # two were not recorded
+    write_table(tmp_path / "run_a" / "truth.parquet", truth | {"data": [""] * 5}, TRUTH)
     write_table(tmp_path / "run_b" / "truth.parquet", {"timestamp": [], "what": [], "data": []}, TRUTH)
     return tmp_path
 
