@@ -205,17 +205,20 @@ SKILLS = {
     "skilled": Skill(
         reaction_frames=2,
         foreseen_frames=2,
-        plans=("R", "RRJJJR", "RRJJJJJJR", "JJJR", "JJJJJJR", "JJJ_", "JJJL", "_", "____JJJR", "L", "LLLJJJR", "KKKL"),
-        horizon_s=1.0,
-        squish_worth=200,
+        plans=(
+            *("R", "RRJJJR", "RRJJJJJJR", "JJJR", "JJJJJJR", "JJJ_", "JJJJJJ_", "JJJL", "JJJJJJL"),
+            *("_", "__JJJR", "____JJJR", "jjj_", "L", "LLLJJJR", "LLL_", "KKKL"),
+        ),
+        horizon_s=1.1,
+        squish_worth=600,
         random=0.02,
     ),
     "sloppy": Skill(
         reaction_frames=3,
-        foreseen_frames=1,
-        plans=("R", "RJJJR", "JJJR", "JJJJJJR", "L"),
-        horizon_s=0.7,
-        squish_worth=100,
+        foreseen_frames=0,
+        plans=("R", "JJJR", "JJJJJJR"),
+        horizon_s=0.38,
+        squish_worth=0,
         random=0.04,
     ),
 }

@@ -15,6 +15,7 @@ from supertux_env.launch import APT, DATA_DIR
 
 TILE = 32  # pixels
 ROWS = 15  # a generated level is one screen high, so the camera only moves sideways
+FLOWERS = 0.5  # of the generated levels have a fire flower at the start
 STOCK = {"welcome_antarctica": DATA_DIR / "levels/world1/welcome_antarctica.stl"}
 ENEMIES = (
     "snowball smartball mriceblock mrbomb jumpy flyingsnowball bouncingsnowball spiky captainsnowball fish "
@@ -45,18 +46,18 @@ class Terrain:
     goal_x: float
 
 
-def generate_level(seed: int, path: Path, tiles: int = 220) -> Path:
+def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
     """Write a level of `tiles` columns: snowballs, pits of 2 to 4 tiles, walls and steps of 1 to 3, a goal."""
     rng = np.random.default_rng(seed)
     ground = np.full(tiles, ROWS - 3)  # (columns,) row of the topmost solid tile, ROWS where there is a pit
     enemies, column, row = [], 14, ROWS - 3
-    kinds = rng.permutation(np.repeat(["enemies", "pit", "wall", "step", "clear"], [6, 4, 2, 3, 3])).tolist()
+    kinds = rng.permutation(np.repeat(["enemies", "pit", "wall", "step", "clear"], [7, 4, 2, 3, 2])).tolist()
     while column < tiles - 40:
         kind = kinds.pop(0)
         kinds.append(kind)
         length = 0
         if kind == "enemies":
-            count = int(rng.integers(1, 3))
+            count = int(rng.integers(1, 4))
             length = 12 + 7 * count
             places = column + 9 + 7 * np.arange(count) + rng.integers(-1, 2, count)
             enemies += [(rng.choice(["snowball", "smartball"], p=[0.7, 0.3]), int(p), row) for p in places]
@@ -92,6 +93,8 @@ def generate_level(seed: int, path: Path, tiles: int = 220) -> Path:
         ).replace("{kind}", kind)
         for kind, x, r in enemies
     ]
+    flower = '(sprite "images/powerups/fireflower/fireflower.sprite")'
+    objects += [f"(powerup {flower} (x {x * TILE}) (y {(ROWS - 4) * TILE}))" for x in [9] * bool(rng.random() < FLOWERS)]
     objects += [
         _trigger("sequencetrigger", '(sequence "endsequence")', goal * TILE),
         _trigger("sequencetrigger", '(sequence "stoptux")', min(goal + 20, tiles - 3) * TILE),

@@ -40,3 +40,37 @@ def specified_returns(length: int, reward: float, gamma: float, attacks=(), atta
         value += sum(gamma**j * survival_bonus for j in range(last - t))
         returns.append(value)
     return returns
+
+
+def naive_key_table(session, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`state` and `any` (N, K) by replaying every event for every frame: O(N x events)."""
+    events = [
+        (row["timestamp"], row["key_name"], row["state"] != "up")
+        for row in session.inputs.to_pylist()
+        if row["event_type"] == "key"
+    ]
+    N = session.n_frames
+    state, any_down = np.zeros((N, len(keys)), bool), np.zeros((N, len(keys)), bool)
+    for i in range(N):
+        end = session.timestamps[i + 1] if i + 1 < N else session.timestamps[i] + 1000 / session.fps
+        for k, key in enumerate(keys):
+            for time_ms, name, down in events:
+                if name == key and time_ms <= session.timestamps[i]:
+                    state[i, k] = down
+            inside = [down for t, name, down in events if name == key and session.timestamps[i] < t < end]
+            any_down[i, k] = state[i, k] or any(inside)
+    return state, any_down
+
+
+def naive_event_f1(predicted: np.ndarray, true: np.ndarray, change: int, tolerance: int = 1) -> float:
+    """F1 of onsets or releases by the largest one-to-one matching, per key."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
+    hits = total = 0
+    for k in range(true.shape[1]):
+        mine, theirs = (np.flatnonzero(np.diff(keys[:, k].astype(int)) == change) for keys in (predicted, true))
+        near = np.abs(mine[:, None] - theirs[None, :]) <= tolerance
+        hits += int((maximum_bipartite_matching(csr_array(near), perm_type="column") >= 0).sum()) if near.any() else 0
+        total += len(mine) + len(theirs)
+    return 2 * hits / max(total, 1)

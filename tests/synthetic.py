@@ -21,8 +21,8 @@ def write_session(
     gamma: float = 0.99,
     labels: bool = True,
 ) -> Path:
-    """A session of `n_frames` pictures, 64 x 48, in which a white block drifts in from the right. The player holds RIGHT
-    while there is none near, SPACE from two frames after it came near. One episode from first frame to last."""
+    """A session of `n_frames` pictures, 64 x 48, in which a white block drifts in from the right. The player holds
+    RIGHT while there is none near, SPACE from two frames after it came near. One episode from first frame to last."""
     rng = np.random.default_rng(seed)
     if pictures is None:
         block = (60 - 4 * np.arange(n_frames) + rng.integers(60)) % 60  # left edge in pixels

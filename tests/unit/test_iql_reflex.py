@@ -1,0 +1,179 @@
+"""The functions of iql_reflex.py against naive loops and cases worked by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import iql_reflex as q
+from common.video import VideoReader, resize
+from tests.reference import naive_event_f1
+from tests.synthetic import write_session
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [
+        q.load_recording(
+            write_session(folder / f"run_{n}", 60 + 10 * n, seed=n, outcome=o), ["KEY_RIGHT", "KEY_SPACE"], 2
+        )
+        for n, o in enumerate(["DEATH", "WIN", "INCOMPLETE"])
+    ]
+
+
+def test_rows_belong_to_the_moment_of_decision(recordings):
+    recording = recordings[0]
+    assert not recording.usable[:2].any() and not recording.usable[-2:].any() and recording.usable[2:-2].all()
+    np.testing.assert_array_equal(recording.keys_before[4:], recording.keys[1:-3])  # any[i-1] = label of frame i-3
+    assert recording.finished.all() and not recordings[2].finished.any()
+    assert recording.returns[-1] == -1 and recording.returns[-2] == pytest.approx(-0.99)
+
+
+def test_expectile_loss_by_hand():
+    returns, value, mask = torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
+    assert q.expectile_loss(returns, value, 0.7, mask).item() == pytest.approx((0.7 * 1 + 0.3 * 4) / 2)
+    assert q.expectile_loss(returns, value, 0.7, torch.zeros(3)).item() == 0
+
+
+def test_advantage_weights_divide_by_the_running_deviation_and_clip():
+    generator = torch.Generator().manual_seed(0)
+    running = torch.zeros(3)
+    for _ in range(300):
+        advantage = 3 + 2 * torch.randn(64, generator=generator)
+        running = q.update_running(running, advantage, torch.ones(64))
+    weights = q.advantage_weights(torch.tensor([0.0, 2.0, -2.0, 100.0]), running, 1.0, 10.0, "running")
+    assert weights.tolist() == pytest.approx([1, np.e, 1 / np.e, 10], rel=0.1)
+    cooler = q.advantage_weights(torch.tensor([2.0]), running, 0.5, 10.0, "running")
+    assert cooler.item() == pytest.approx(np.e**2, rel=0.1)
+    batch_mean = q.advantage_weights(torch.tensor([5.0, 5.0]), running, 1.0, 10.0, "batch-mean")
+    assert batch_mean.tolist() == [1, 1]
+
+
+def test_running_moments_skip_unknown_returns():
+    known = torch.tensor([1.0, 1.0, 0.0])
+    one = q.update_running(torch.zeros(3), torch.tensor([1.0, 3.0, 99.0]), known)
+    other = q.update_running(torch.zeros(3), torch.tensor([1.0, 3.0, -7.0]), known)
+    assert torch.equal(one, other)
+
+
+def test_keys_loss_equals_the_plain_one():
+    logits, keys = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
+    plain = F.binary_cross_entropy_with_logits(logits, keys)
+    assert q.keys_loss(logits, keys, torch.ones(5), torch.ones(3)).item() == pytest.approx(plain.item())
+    weights = torch.tensor([0.0, 0, 0, 0, 5])
+    last = F.binary_cross_entropy_with_logits(logits[4], keys[4])
+    assert q.keys_loss(logits, keys, weights, torch.ones(3)).item() == pytest.approx(last.item())
+
+
+def test_random_shift_shifts_by_whole_pixels_and_repeats_the_border():
+    stacks = torch.arange(20 * 20, dtype=torch.int32).view(1, 1, 20, 20).repeat(64, 2, 1, 1)
+    shifted = q.random_shift(stacks, 3)
+    corner = shifted[:, 0, 10, 10]
+    dy, dx = corner // 20 - 10, corner % 20 - 10
+    assert dy.abs().max() == 3 and dx.abs().max() == 3 and len(set(zip(dy.tolist(), dx.tolist(), strict=True))) > 20
+    assert torch.equal(shifted[:, 0], shifted[:, 1])
+    padded = F.pad(stacks.float(), (3, 3, 3, 3), mode="replicate")
+    for b in range(64):
+        y, x = 3 + int(dy[b]), 3 + int(dx[b])
+        assert torch.equal(shifted[b].float(), padded[b, :, y : y + 20, x : x + 20])
+
+
+def test_event_f1_by_hand_and_against_a_naive_matcher():
+    true = np.zeros((20, 1), bool)
+    true[5:8], true[12:15] = True, True
+    part = np.zeros(20)
+    assert q.event_f1(true, true, part, +1) == 1
+    assert q.event_f1(np.roll(true, 1, 0), true, part, -1) == 1
+    assert q.event_f1(np.roll(true, 2, 0), true, part, +1) == 0
+    assert q.event_f1(np.zeros_like(true), true, part, +1) == 0
+    once = true.copy()
+    once[12:15] = False
+    assert q.event_f1(once, true, part, +1) == pytest.approx(2 / 3)
+    assert q.event_f1(true, true, np.arange(20) > 11, +1) == 1  # the second onset lies on the border of two stretches
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        predicted, true = rng.random((60, 3)) < 0.3, rng.random((60, 3)) < 0.3
+        for change in (+1, -1):
+            expected = naive_event_f1(predicted, true, change)
+            assert q.event_f1(predicted, true, np.zeros(60), change) == pytest.approx(expected)
+
+
+def test_f1_and_equal_rate_thresholds():
+    true = np.array([[1, 0], [1, 0], [0, 0], [0, 0]], bool)
+    predicted = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], bool)
+    assert q.f1(predicted, true).tolist() == [0.5, 0.0]
+    probability = np.random.default_rng(0).random((1000, 2))
+    true = np.random.default_rng(1).random((1000, 2)) < [0.8, 0.05]
+    rate = (probability > q.equal_rate_thresholds(probability, true)).mean(0)
+    assert rate.tolist() == pytest.approx(true.mean(0).tolist(), abs=0.002)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_visits_every_training_frame_once_within_the_buffer(shuffle):
+    rng = np.random.default_rng(0)
+    training = [rng.random(n) < 0.97 for n in rng.integers(100, 900, 20)]
+    decode, train = q.plan_epoch(training, 256, shuffle, seed=1, epoch=0)
+    visited = [(r, i) for r, start, stop in train for i in range(start, stop)]
+    assert sorted(visited) == [(r, i) for r, mask in enumerate(training) for i in np.flatnonzero(mask)]
+    assert all(stop - start <= q.RUN for _, start, stop in train) and sorted(decode) == sorted(train)
+    for r in range(20):  # every recording is read forwards
+        starts = [start for number, start, _ in decode if number == r]
+        assert starts == sorted(starts)
+    decoded_at = {run: position for position, run in enumerate(decode)}
+    ahead = max(decoded_at[run] - position for position, run in enumerate(train))
+    assert ahead <= 256 // q.RUN  # no run is asked for before the buffer can hold it
+    assert q.plan_epoch(training, 256, shuffle, 1, 0) == (decode, train)
+    if shuffle:
+        assert q.plan_epoch(training, 256, shuffle, 1, 1)[1] != train
+        first = {r for r, _, _ in train[:32]}
+        assert len(first) >= 4  # sessions mix
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_hold_the_frames_they_name(recordings, workers):
+    args = q.Args(image_size=24, batch_size=16, workers=workers)
+    training = [recording.usable for recording in recordings]
+    decode, train = q.plan_epoch(training, 64, True, 1, 0)
+    pictures = [resize(VideoReader(r.video).read(0, len(r.usable)), 24, 24) for r in recordings]
+    owner = np.concatenate([np.full(len(r.usable), n) for n, r in enumerate(recordings)])
+    frame = np.concatenate([np.arange(len(r.usable)) for r in recordings])
+    batches = list(q.stream_batches(recordings, decode, train, args, 0))
+    assert len(batches) == sum(mask.sum() for mask in training) // 16
+    for frames, stack, rows in batches:
+        for b, row in enumerate(rows.tolist()):
+            expected = pictures[owner[row]][frame[row] - 2 : frame[row] + 1]
+            assert torch.equal(frames[stack[b]], expected)
+    later = list(q.stream_batches(recordings, decode, train, args, 3))
+    assert len(later) == len(batches) - 3
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(batches[3:], later, strict=True))
+    assert torch.equal(batches[3][0][batches[3][1]], later[0][0][later[0][1]])
+
+
+def test_validation_is_blocks_with_a_gap(recordings):
+    whole = np.ones(1000, bool)
+    long = [replace(recordings[0], usable=whole, training=whole.copy()) for _ in range(3)]
+    blocks = q.choose_validation(long, 0.1, seed=0)
+    assert len(blocks) == 3 and all(stop - start == 100 for _, start, stop in blocks)  # of 30 blocks of 10 s
+    for r, start, stop in blocks:
+        assert not long[r].training[max(0, start - 10) : stop + 10].any()
+    assert sum(recording.training.sum() for recording in long) >= 3000 - 3 * 120
+    assert q.choose_validation(long, 0.0, seed=0) == []
+
+
+def test_resnet_has_the_known_size_and_takes_imagenet_weights(tmp_path):
+    resnet = q.ResNet18(3)
+    assert (
+        sum(p.numel() for p in resnet.parameters()) == 11_689_512 - 513_000
+    )  # torchvision's count, less its classifier
+    weights = {name: torch.rand_like(value.float()) for name, value in resnet.state_dict().items()}
+    torch.save(weights | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "r18.pth")
+    nine = q.ResNet18(9)
+    nine.load_pretrained(str(tmp_path / "r18.pth"))
+    assert torch.allclose(nine.conv1.weight[:, 6:], weights["conv1.weight"] / 3)
+    assert torch.equal(nine.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+    for backbone in ("resnet18", "cnn"):
+        keys, mouse, value = q.ReflexNet(4, backbone).eval()(torch.zeros((2, 9, 90, 130), dtype=torch.uint8))
+        assert keys.shape == (2, 4) and mouse.shape == (2, 2) and value.shape == (2,)

@@ -1,0 +1,104 @@
+"""Video: what is written comes back, by number, resized alike, cut off or not. Runs with either backend."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import video
+from common.video import ForwardReader, VideoReader, VideoWriter, grey, iter_frames, resize
+
+
+def picture(i: int, height=48, width=64) -> np.ndarray:
+    """A picture whose left column of blocks spells the number i in binary, so that decoding can be checked exactly."""
+    image = np.full((height, width, 3), 60, np.uint8)
+    for bit in range(6):
+        image[bit * 8 : bit * 8 + 8, :32] = 230 if i >> bit & 1 else 20
+    return image
+
+
+def number(frame: torch.Tensor) -> int:
+    return sum(int(frame[0, bit * 8 + 4, 16] > 128) << bit for bit in range(6))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "recording.mp4"
+    with VideoWriter(path, 10, 64, 48, crf=18) as writer:
+        for i in range(60):
+            writer.add(picture(i), i * 100_000_000 + (i % 3) * 7_000_000)  # uneven times, as in a real recording
+    return path
+
+
+def test_every_frame_comes_back_under_its_number(path):
+    reader = VideoReader(path)
+    assert (reader.n_frames, reader.height, reader.width) == (60, 48, 64)
+    assert [number(frame) for _, frames in iter_frames(path) for frame in frames] == list(range(60))
+
+
+def test_reading_by_range_backwards_and_with_stride(path):
+    reader = VideoReader(path)
+    for start, stop, stride in [(40, 43, 1), (3, 6, 1), (59, 60, 1), (0, 60, 7), (10, 12, 5), (30, 60, 10), (0, 1, 1)]:
+        frames = reader.read(start, stop, stride)
+        assert frames.dtype == torch.uint8 and frames.shape[1:] == (3, 48, 64)
+        assert [number(frame) for frame in frames] == list(range(start, stop, stride))
+    with pytest.raises(IndexError, match="it has 60"):
+        reader.read(50, 61)
+
+
+def test_chunks_cover_every_frame_once(path, monkeypatch):
+    monkeypatch.setattr(video, "CHUNK_BYTES", 7 * 3 * 48 * 64)
+    numbers = [
+        i for indices, frames in iter_frames(path, 5, 50, stride=2) for i in indices if len(indices) == len(frames)
+    ]
+    assert numbers == list(range(5, 50, 2))
+    decoded = [number(frame) for _, frames in iter_frames(path, 5, 50, stride=2) for frame in frames]
+    assert decoded == numbers
+
+
+def test_forward_reader_equals_reading_afresh(path):
+    reader = ForwardReader(path, 32)
+    for start, stop in [(0, 10), (8, 18), (16, 20), (30, 40), (38, 39), (2, 5)]:
+        assert torch.equal(reader.read(start, stop), resize(VideoReader(path).read(start, stop), 32, 32))
+
+
+def test_a_cut_file_gives_the_frames_it_has(path, tmp_path):
+    data, counts = path.read_bytes(), []
+    for part in (0.35, 0.6, 0.9):
+        cut = tmp_path / f"{part}.mp4"
+        cut.write_bytes(data[: int(len(data) * part)])
+        reader = VideoReader(cut)
+        counts.append(reader.n_frames)
+        assert [number(f) for _, frames in iter_frames(reader) for f in frames] == list(range(reader.n_frames))
+    assert 0 < counts[0] < counts[1] < counts[2] < 60
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video", b"\0" * 4096])
+def test_what_is_no_video_is_named(tmp_path, content):
+    (tmp_path / "recording.mp4").write_bytes(content)
+    with pytest.raises(ValueError, match="recording.mp4 .* cannot be opened"):
+        VideoReader(tmp_path / "recording.mp4")
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        VideoReader(tmp_path / "none.mp4")
+
+
+def test_resize_is_the_antialiased_one_and_does_not_depend_on_the_batch(path):
+    frames = VideoReader(path).read(0, 8)
+    whole = resize(frames, 20, 30)
+    expected = F.interpolate(frames.float(), (20, 30), mode="bilinear", antialias=True).round()
+    assert (whole.float() - expected).abs().max() <= 1
+    assert torch.equal(whole[3:4], resize(frames[3:4], 20, 30))
+    assert torch.equal(resize(frames, 48, 64), frames)
+
+
+def test_grey_is_bt601():
+    frames = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=torch.uint8)
+    assert grey(frames[..., None, None]).flatten().tolist() == pytest.approx([76.245, 149.685, 29.07, 255], abs=1e-3)
+
+
+def test_odd_sizes_lose_a_row_and_a_column(tmp_path):
+    with VideoWriter(tmp_path / "odd.mp4", 10, 65, 49) as writer:
+        for i in range(12):
+            writer.add(picture(i, 49, 65))
+    reader = VideoReader(tmp_path / "odd.mp4")
+    assert (reader.n_frames, reader.height, reader.width) == (12, 48, 64)
