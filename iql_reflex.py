@@ -652,25 +652,31 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 def main(args: Args) -> dict:
     checkpoint = None
-    if args.resume:
-        args = runs.resume_args(args, may_change=("epochs", "max_updates", "workers", "device"))
-        checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
-    device = runs.pick_device(args.device)
-    if args.pretrained and args.backbone != "resnet18":
-        raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
+    try:
+        if args.resume:
+            args = runs.resume_args(args, may_change=("epochs", "max_updates", "workers", "device"))
+            checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
+        device = runs.pick_device(args.device)
+        if args.pretrained and args.backbone != "resnet18":
+            raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
+        folders = find_sessions(args.data_dir)
+        train_folders, heldout_folders = split_sessions(folders, args.heldout)
+        keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
+        recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]
+        heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
+        data_files = [folder / name for folder in folders for name in ("recording.mp4", "returns.parquet")]
+        if checkpoint:
+            runs.check_fingerprint(Path(args.resume), data_files)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
 
-    # data: sessions, keys, split
-    folders = find_sessions(args.data_dir)
-    train_folders, heldout_folders = split_sessions(folders, args.heldout)
-    keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
-    recordings = [load_recording(folder, keys, args.action_horizon) for folder in tqdm(train_folders, desc="sessions")]
-    heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
+    # labels and split
     validation = choose_validation(recordings, args.val_fraction, args.seed)
     training = [recording.training for recording in recordings]
     n_training = int(sum(mask.sum() for mask in training))
     updates_per_epoch = n_training // args.batch_size
     if updates_per_epoch == 0:
-        raise ValueError(f"{args.data_dir} has {n_training} training frames, fewer than --batch-size {args.batch_size}")
+        raise SystemExit(f"{args.data_dir} has {n_training} training frames, fewer than --batch-size {args.batch_size}")
     total_updates = args.max_updates or args.epochs * updates_per_epoch
     labels = {  # rows of all training recordings laid end to end
         name: torch.tensor(np.concatenate([getattr(recording, name) for recording in recordings]), dtype=torch.float32)
@@ -681,24 +687,22 @@ def main(args: Args) -> dict:
     labels = {name: label.to(device) for name, label in labels.items()}
 
     # run folder
-    if checkpoint is None:
-        run_dir = runs.make_run_dir(args, __file__, Path(args.data_dir).resolve().name)
-        label_files = [folder / name for folder in folders for name in ("recording.mp4", "returns.parquet")]
-        facts = {"device": str(device), "video_backend": video_backend(), "bf16": use_bf16(args.precision, device)}
-        runs.write_provenance(run_dir, label_files, **facts)
-        names = {"train": [r.name for r in recordings], "heldout": [r.name for r in heldout]}
-        runs.write_json(run_dir / "split.json", names | {"validation_blocks": validation, "keys": keys})
-    else:
+    if checkpoint:
         run_dir = Path(args.resume)
+    else:
+        run_dir = runs.make_run_dir(args, __file__, Path(args.data_dir).resolve().name)
+        bf16 = use_bf16(args.precision, device)
+        runs.write_provenance(run_dir, data_files, device=str(device), video_backend=video_backend(), bf16=bf16)
+        split = {"train": [r.name for r in recordings], "heldout": [r.name for r in heldout], "keys": keys}
+        runs.write_json(run_dir / "split.json", split | {"validation_blocks": validation})
     start_update = checkpoint["update"] if checkpoint else 0
     if args.track:
         import wandb
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
     writer = SummaryWriter(str(run_dir), purge_step=start_update + 1 if checkpoint else None)
-    writer.add_text(
-        "hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
-    )
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run_dir}: {n_training:,} training frames of {len(recordings)} sessions, keys {', '.join(keys)}")
     print(f"{total_updates:,} updates of {args.batch_size} on {device}, video decoded by {video_backend()}")
 

@@ -62,7 +62,9 @@ def main(args: Args) -> dict:
         raise ValueError(f"--seconds {args.seconds} --fps {args.fps}: expected seconds above 0 and 1 to 60 fps")
     torch.set_num_threads(1)  # the game needs the other core
     now = time.time()
-    folder = args.output / (args.name or time.strftime("run_%Y%m%d_%H%M%S", time.localtime(now)) + f"_{int(now * 1e3) % 1000:03d}")
+    folder = args.output / (
+        args.name or time.strftime("run_%Y%m%d_%H%M%S", time.localtime(now)) + f"_{int(now * 1e3) % 1000:03d}"
+    )
     try:
         folder.mkdir(parents=True)
     except FileExistsError:

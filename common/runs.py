@@ -122,6 +122,16 @@ def fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_fingerprint(run_dir: Path, files: list[Path]):
+    """Raise ValueError where the data are no longer those that the run in `run_dir` began with."""
+    began_with, now = json.loads((run_dir / "provenance.json").read_text())["dataset_fingerprint"], fingerprint(files)
+    if now != began_with:
+        raise ValueError(
+            f"the data have the fingerprint {now}, {run_dir} began with {began_with}: recordings or labels have changed. "
+            "Bring them back, or start a new run."
+        )
+
+
 def write_json(path: Path, value):
     """Write through a temporary name, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -82,9 +82,7 @@ class Eyes:
         feet = y + height
         camera_x, camera_y = self.camera
         enemies = self._find_enemies(grey, x, feet)
-        return View(
-            x, feet, vx, vy, self.suit, self._stands(x, feet, vy), enemies, camera_x + frame.shape[1]
-        )
+        return View(x, feet, vx, vy, self.suit, self._stands(x, feet, vy), enemies, camera_x + frame.shape[1])
 
     def _find_camera(self, grey: np.ndarray, x: float, y: float):
         """Where the camera is, from where Tux is drawn: around his last place on the screen, at first everywhere."""
@@ -123,7 +121,9 @@ class Eyes:
         for row in range(max(1, round(feet / TILE) - 4), min(rows, round(feet / TILE) + 5)):
             top = round((row * TILE - 32 - CANVAS_TOP - camera_y) / 2)
             places = lefts[surface[row, under]]
-            for y in (top,) if rows * TILE <= 2 * len(grey) else (top - 1, top, top + 1):  # a camera that moves up and down
+            for y in (
+                (top,) if rows * TILE <= 2 * len(grey) else (top - 1, top, top + 1)
+            ):  # a camera that moves up and down
                 if len(places) == 0 or y < 0 or y + CANVAS // 2 > len(grey):
                     continue
                 strip = np.lib.stride_tricks.sliding_window_view(grey[y : y + CANVAS // 2], CANVAS // 2, axis=1)
@@ -216,8 +216,8 @@ SKILLS = {
     "sloppy": Skill(
         reaction_frames=3,
         foreseen_frames=0,
-        plans=("R", "JJJR", "JJJJJJR"),
-        horizon_s=0.38,
+        plans=("R", "JJJR", "JJJJJJR", "L"),
+        horizon_s=0.5,
         squish_worth=0,
         random=0.04,
     ),
@@ -232,7 +232,7 @@ def decide(
     """The keys to hold: the first ones of the best plan. `holding` are the keys that are down in this frame, `pending`
     the decisions that are still on their way."""
     if view.suit == "fire":
-        targets = [e.x for e in view.enemies if e.kind != "snowball" and abs(e.y) < 40 and 40 < e.x < 320]
+        targets = [e.x for e in view.enemies if abs(e.y) < 70 and 40 < e.x < 330]
         if targets:
             return {ACTION} | ({RIGHT} if targets[0] > 220 else set())
     foreseen = pending[: skill.foreseen_frames]
@@ -241,7 +241,18 @@ def decide(
         for plan in skill.plans
     ]
     best = max(range(len(scores)), key=lambda i: (round(scores[i]), -i))
-    return LETTERS[skill.plans[best][0]]
+    keys = LETTERS[skill.plans[best][0]]
+    if view.vy > 0 and not view.on_ground and _fall_s(view, terrain) > skill.foreseen_frames * frame_s + 0.05:
+        return keys - {JUMP}  # it would still be falling
+    return keys
+
+
+def _fall_s(view: View, terrain: Terrain) -> float:
+    """Seconds until Tux comes down on what is below him now; the screen's height where there is nothing."""
+    columns = terrain.solid[:, int(view.x) // TILE : int(view.x + TILE - 1) // TILE + 1].any(1)
+    rows = np.flatnonzero(columns[int(view.feet) // TILE :])
+    drop = (int(view.feet) // TILE + rows[0]) * TILE - view.feet if len(rows) else 480.0
+    return (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * max(0.0, drop))) / GRAVITY
 
 
 def imagine(

@@ -161,7 +161,9 @@ class Game:
         end = time.monotonic() + timeout_s
         while not done():
             if not self.running():
-                raise RuntimeError(f"SuperTux ended with {self.process.returncode}, waiting for {what}: {self.log[-3:]}")
+                raise RuntimeError(
+                    f"SuperTux ended with {self.process.returncode}, waiting for {what}: {self.log[-3:]}"
+                )
             if time.monotonic() > end:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for {what} in {self.level}; it said: {self.log[-3:]}")
             time.sleep(0.01)

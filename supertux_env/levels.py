@@ -94,7 +94,9 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
         for kind, x, r in enemies
     ]
     flower = '(sprite "images/powerups/fireflower/fireflower.sprite")'
-    objects += [f"(powerup {flower} (x {x * TILE}) (y {(ROWS - 4) * TILE}))" for x in [9] * bool(rng.random() < FLOWERS)]
+    objects += [
+        f"(powerup {flower} (x {x * TILE}) (y {(ROWS - 4) * TILE}))" for x in [9] * bool(rng.random() < FLOWERS)
+    ]
     objects += [
         _trigger("sequencetrigger", '(sequence "endsequence")', goal * TILE),
         _trigger("sequencetrigger", '(sequence "stoptux")', min(goal + 20, tiles - 3) * TILE),
@@ -116,7 +118,9 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
 def instrument_level(stock: Path, path: Path) -> Path:
     """Write a copy of a stock level with the truth scripts in it. Raises FileNotFoundError where the game is missing."""
     text = _read(stock)
-    text = re.sub(r'\(sector\s*\(name "main"\)', lambda m: f"{m[0]}\n(init-script {_quote(TRUTH_SCRIPT)})", text, count=1)
+    text = re.sub(
+        r'\(sector\s*\(name "main"\)', lambda m: f"{m[0]}\n(init-script {_quote(TRUTH_SCRIPT)})", text, count=1
+    )
     for kind in ENEMIES:
         script = f"(dead-script {_quote(KILL_SCRIPT.replace('{kind}', kind))})"
         text = re.sub(rf"\({kind}(?=\s)(?!\s*\(dead-script)", lambda m, script=script: f"{m[0]}\n{script}", text)
