@@ -39,7 +39,8 @@ from common.video import VideoReader, grey, iter_frames, resize
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 DEATH_SPRITES = "creatures/tux/small/gameover-*.png"  # the only death pictures, big Tux dies with them too
-SCALE = 0.5  # of frames and sprites while matching: deaths score 0.92 or more, all else 0.75 or less
+SCALE = 0.5  # of the frames that are searched whole
+NEAR = 0.1  # below the threshold: from there full size decides; clouds score 0.83 halved and 0.79 whole
 TOLERANCE_S = 0.5  # an event this close to a true one has found it
 
 
@@ -88,15 +89,33 @@ class Args:
 # --- ALGO LOGIC: scores and key presses -> events -> episodes -> rewards. N frames of a session ---
 
 
-def death_scores(reader: VideoReader, bank: Bank, n_frames: int, stride: int, device: str, bar: tqdm) -> np.ndarray:
-    """Best score of any death sprite in frames 0, stride, 2 stride, ...: (ceil(n_frames / stride),) float32."""
+def full_size_score(frame: torch.Tensor, y: int, x: int, bank: Bank, margin: int = 6) -> torch.Tensor:
+    """Best score of any sprite of `bank` in `frame` (3, H, W) uint8 within `margin` pixels of its corner at y, x."""
+    H, W = frame.shape[1:]
+    h, w = (max(t.shape[i] for t in bank.templates) + 2 * margin for i in (0, 1))
+    top, left = max(0, min(y - margin, H - h)), max(0, min(x - margin, W - w))
+    return match(grey(frame[None, :, top : top + h, left : left + w]), bank)[0].max()
+
+
+def death_scores(
+    reader: VideoReader, banks: tuple[Bank, Bank], near: float, n_frames: int, stride: int, device: str, bar: tqdm
+) -> np.ndarray:
+    """Best score of any death sprite in frames 0, stride, 2 stride, ...: (ceil(n_frames / stride),) float32.
+
+    `banks`: the sprites at SCALE and at full size. Frames that score `near` or more at SCALE get the full size score.
+    """
+    small, full = banks
     scores, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
         for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-            frames = resize(frames.to(device), round(reader.height * SCALE), round(reader.width * SCALE))
-            score, _, _ = match(grey(frames), bank)  # (n, T)
-            scores.append(score.amax(dim=1).cpu())
+            frames = frames.to(device)
+            halved = resize(frames, round(reader.height * SCALE), round(reader.width * SCALE))
+            score, y, x = match(grey(halved), small)  # (n, T) each
+            best, t = score.max(dim=1)  # (n,)
+            for i in torch.nonzero(best >= near).flatten().tolist():
+                best[i] = full_size_score(frames[i], int(y[i, t[i]] / SCALE), int(x[i, t[i]] / SCALE), full)
+            scores.append(best.cpu())
             bar.update(min(len(indices) * stride, n_frames - bar.n))
     finally:
         torch.set_num_threads(threads)
@@ -219,12 +238,12 @@ def check_labels(folder: Path, metadata: dict[str, str]) -> None:
     print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")
 
 
-def label_session(args: Args, session: Session, reader: VideoReader, bank: Bank, device: str, metadata: dict) -> None:
+def label_session(args: Args, session: Session, reader: VideoReader, banks: tuple, device: str, metadata: dict) -> None:
     """Find events, episodes and returns of one session and write them."""
     n = int(metadata["recording_frames"])
     times = session.timestamps[:n]  # (n,) ms
     with tqdm(total=n, desc=session.name, unit="frame") as bar:
-        scores = death_scores(reader, bank, n, args.event_stride, device, bar)
+        scores = death_scores(reader, banks, args.sprite_threshold - NEAR, n, args.event_stride, device, bar)
     deaths = death_events(scores, times[:: args.event_stride], args.sprite_threshold, args.death_min_gap_s)
     presses = [
         row["timestamp"]
@@ -290,7 +309,8 @@ def main(args: Args) -> dict:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         folders = find_sessions(args.data_dir)
-        bank = load_sprites(find_sprites(args.sprites, args.data_dir), SCALE)
+        sprites = find_sprites(args.sprites, args.data_dir)
+        banks = load_sprites(sprites, SCALE), load_sprites(sprites, 1)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
@@ -307,7 +327,7 @@ def main(args: Args) -> dict:
             # Label
             metadata = label_metadata(args, session, n)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                label_session(args, session, reader, bank, device, metadata)
+                label_session(args, session, reader, banks, device, metadata)
             else:
                 check_labels(folder, metadata)
             events = read_table(folder / "events.parquet", EVENTS).to_pylist()

@@ -1,6 +1,6 @@
-"""The desktop: grab a window's pixels, press keys, hear keys. X11 only; libraries are imported when an object is made.
+"""The desktop: grab pixels, press keys, hear keys. X11 only; its libraries are imported when an object is made.
 
-Times are CLOCK_MONOTONIC nanoseconds. Keys carry their evdev names (`KEY_RIGHT`); an X keycode is the evdev code plus 8.
+Times are CLOCK_MONOTONIC nanoseconds. Keys carry evdev names (`KEY_RIGHT`); an X keycode is the evdev code plus 8.
 """
 
 import queue

@@ -127,8 +127,8 @@ def check_fingerprint(run_dir: Path, files: list[Path]):
     began_with, now = json.loads((run_dir / "provenance.json").read_text())["dataset_fingerprint"], fingerprint(files)
     if now != began_with:
         raise ValueError(
-            f"the data have the fingerprint {now}, {run_dir} began with {began_with}: recordings or labels have changed. "
-            "Bring them back, or start a new run."
+            f"the data have the fingerprint {now}, {run_dir} began with {began_with}: recordings or labels have "
+            "changed. Bring them back, or start a new run."
         )
 
 

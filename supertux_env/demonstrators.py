@@ -2,8 +2,8 @@
 
 Their keys can be learnt from pixels because they are a function of what is on the screen. Once per recorded frame
 `Eyes.look` finds Tux and the enemies in the picture; Tux's position and speed come from the level's truth, the terrain
-from the columns inside the window. `decide` turns that view into held keys, and `Demonstrator` hands a decision out
-only `reaction_frames` later, as a person would.
+from the columns inside the window. `choose` is a short list of rules, and `Demonstrator` hands a decision out only
+`reaction_frames` later, as a person would.
 """
 
 from collections import deque
@@ -18,18 +18,16 @@ from supertux_env.launch import DATA_DIR
 from supertux_env.levels import TILE, Terrain
 
 RIGHT, LEFT, JUMP, ACTION = KEYS = ("KEY_RIGHT", "KEY_LEFT", "KEY_SPACE", "KEY_LEFTCTRL")
-GRAVITY = 1000.0  # pixels per second squared, measured, as are the speeds below
+GRAVITY = 1000.0  # pixels per second squared, measured
 STEP = 0.015  # seconds
-DT = 0.025  # seconds, of an imagined step
-WALK = 80.0  # an enemy's speed
-TOP_SPEED = 320.0
+WALK = 80.0  # an enemy's speed in pixels per second
 
-WALKERS = {  # picture files and the place of the 32x32 hit box in them, looking left; mirrored they look right
-    "snowball": ([f"snowball/snowball-{i}.png" for i in range(8)], 5, 8),
-    "smartball": ([f"snowball/smartball-{i}.png" for i in range(8)], 5, 12),
-    "iceblock": ([f"mr_iceblock/iceblock-{i}.png" for i in range(0, 8, 2)], 5, 8),
-    "bomb": ([f"mr_bomb/bomb{i}.png" for i in range(1, 9, 2)], 5, 8),
-}
+WALKERS = [  # pictures of the walks, looking left, and the place of the 32x32 hit box in them
+    ([f"snowball/snowball-{i}.png" for i in range(8)], 5, 8),
+    ([f"snowball/smartball-{i}.png" for i in range(8)], 5, 12),
+    ([f"mr_iceblock/iceblock-{i}.png" for i in range(0, 8, 2)], 5, 8),
+    ([f"mr_bomb/bomb{i}.png" for i in range(1, 9, 2)], 5, 10),
+]
 POSES = ["stand-0", "jump-0", "skid-0", "kick-0", *(f"walk-{i}" for i in range(8))]
 CANVAS, CANVAS_LEFT, CANVAS_TOP = 48, 8, 12  # a square around a walker's hit box, and where the hit box lies in it
 TUX_SCORE, ENEMY_SCORE = 0.84, 0.79
@@ -38,7 +36,6 @@ SUITS = {"small": (32, 8, 16), "big": (64, 16, 14), "fire": (64, 16, 14)}  # hei
 
 @dataclass
 class Enemy:
-    kind: str
     x: float  # pixels from the middle of Tux to its middle, to the right
     y: float  # pixels from Tux's feet to its feet, downwards
     vx: float  # pixels per second, by the way it looks
@@ -93,8 +90,10 @@ class Eyes:
             y0, x0 = int(np.clip(top - 20, 0, H - 72)), int(np.clip(left - 28, 0, W - 72))
             y1, x1 = y0 + 72, x0 + 72
         best = (-1.0, "small", 0, 0)
-        for suit in sorted(SUITS, key=lambda suit: suit != self.suit):  # the last one first
-            for scores in score_maps(torch.from_numpy(grey[y0:y1, x0:x1].copy())[None], self.tux[suit]):
+        window = torch.from_numpy(grey[y0:y1, x0:x1].copy())[None]  # (1, h, w)
+        groups = [("small",), ("big", "fire")]  # big and fire differ by the hat alone: match both
+        for suits in sorted(groups, key=lambda suits: self.suit not in suits):
+            for suit, scores in ((name, scores) for name in suits for scores in score_maps(window, self.tux[name])):
                 index, width = int(scores.argmax()), scores.shape[2]
                 score = float(scores.view(-1)[index])
                 if score > best[0]:
@@ -111,7 +110,7 @@ class Eyes:
 
     def _find_enemies(self, grey: np.ndarray, x: float, feet: float) -> list[Enemy]:
         """Walkers on the screen that stand on a surface up to four tiles above or below Tux's feet."""
-        kinds, templates, masks = self.walkers
+        facings, templates, masks = self.walkers
         camera_x, camera_y = self.camera
         rows, columns = self.terrain.solid.shape
         surface = self.terrain.solid & ~np.vstack([np.zeros((1, columns), bool), self.terrain.solid[:-1]])
@@ -121,9 +120,8 @@ class Eyes:
         for row in range(max(1, round(feet / TILE) - 4), min(rows, round(feet / TILE) + 5)):
             top = round((row * TILE - 32 - CANVAS_TOP - camera_y) / 2)
             places = lefts[surface[row, under]]
-            for y in (
-                (top,) if rows * TILE <= 2 * len(grey) else (top - 1, top, top + 1)
-            ):  # a camera that moves up and down
+            slack = int(rows * TILE > 2 * len(grey))  # half pixels, where the camera moves up and down
+            for y in range(top - slack, top + slack + 1):
                 if len(places) == 0 or y < 0 or y + CANVAS // 2 > len(grey):
                     continue
                 strip = np.lib.stride_tricks.sliding_window_view(grey[y : y + CANVAS // 2], CANVAS // 2, axis=1)
@@ -131,11 +129,11 @@ class Eyes:
                 scores = _masked_scores(windows, templates, masks)  # (P, T)
                 for p, t in np.argwhere(scores > ENEMY_SCORE):
                     left = camera_x + 2 * places[p] + CANVAS_LEFT
-                    found.append((scores[p, t], kinds[t], left - x, row * TILE - feet))
+                    found.append((scores[p, t], left - x, row * TILE - feet, facings[t] * WALK))
         enemies = []
-        for _, (kind, facing), dx, dy in sorted(found, reverse=True, key=lambda f: f[0]):
+        for _, dx, dy, vx in sorted(found, reverse=True):  # of what overlaps, the best
             if all(abs(dx - e.x) > 20 or dy != e.y for e in enemies):
-                enemies.append(Enemy(kind, dx, dy, facing * WALK))
+                enemies.append(Enemy(dx, dy, vx))
         return sorted(enemies, key=lambda e: e.x)
 
     def _stands(self, x: float, feet: float, vy: float) -> bool:
@@ -151,13 +149,14 @@ def _half_grey(frame: np.ndarray) -> np.ndarray:
     return sums.astype(np.float32) @ np.array([0.299 / 4, 0.587 / 4, 0.114 / 4], np.float32)
 
 
-def _walkers() -> tuple[list[tuple[str, int]], torch.Tensor, torch.Tensor]:
-    """T templates on a canvas around the hit box: (kind, facing) each, zero-mean unit-norm greys (T, pixels) and masks.
+def _walkers() -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """T templates on a canvas around the hit box: the way each looks (1 right, -1 left), zero-mean unit-norm greys
+    (T, pixels) and masks (T, pixels).
 
     Halved twice, on even and on odd columns: half a pixel of misfit costs a tenth of the score.
     """
-    kinds, templates, masks = [], [], []
-    for kind, (paths, left, top) in WALKERS.items():
+    facings, templates, masks = [], [], []
+    for paths, left, top in WALKERS:
         for path in paths:
             with Image.open(DATA_DIR / "images/creatures" / path) as image:
                 sprite = image.convert("RGBA")
@@ -173,10 +172,10 @@ def _walkers() -> tuple[list[tuple[str, int]], torch.Tensor, torch.Tensor]:
                 grey = (rgba[..., :3] * alpha).sum((1, 3)) / np.maximum(weight, 1e-3) @ (0.299, 0.587, 0.114)
                 mask = weight[..., 0] > 3.5  # all four pixels are opaque
                 centred = np.where(mask, grey - grey[mask].mean(), 0)
-                kinds.append((kind, facing))
+                facings.append(facing)
                 templates.append(centred.ravel() / np.linalg.norm(centred))
                 masks.append(mask.ravel())
-    return kinds, *(torch.from_numpy(np.array(a, np.float32)) for a in (templates, masks))
+    return facings, *(torch.from_numpy(np.array(a, np.float32)) for a in (templates, masks))
 
 
 def _masked_scores(windows: np.ndarray, templates: torch.Tensor, masks: torch.Tensor) -> np.ndarray:
@@ -190,162 +189,100 @@ def _masked_scores(windows: np.ndarray, templates: torch.Tensor, masks: torch.Te
 
 @dataclass(frozen=True)
 class Skill:
-    """How well a demonstrator plays."""
+    """How well a demonstrator plays: both follow the same rules, the sloppy one misjudges its own delay."""
 
     reaction_frames: int  # from seeing to acting
-    foreseen_frames: int  # how much of that it allows for; less than its reaction and it acts late
-    plans: tuple[str, ...]  # what it can think of, the first one is preferred
-    horizon_s: float  # how far it thinks
-    squish_worth: float  # pixels of progress it would give for a squish
+    foresight_s: float  # the delay it allows for; the true one, until a key shows on the screen, is 0.27 s
     random: float  # fraction of decisions replaced by a random one
 
 
-# A plan holds, frame by frame, R right, L left, J jump and right, j jump, K jump and left, _ nothing; the last one stays.
-SKILLS = {
-    "skilled": Skill(
-        reaction_frames=2,
-        foreseen_frames=2,
-        plans=(
-            *("R", "RRJJJR", "RRJJJJJJR", "JJJR", "JJJJJJR", "JJJ_", "JJJJJJ_", "JJJL", "JJJJJJL"),
-            *("_", "__JJJR", "____JJJR", "jjj_", "L", "LLLJJJR", "LLL_", "KKKL"),
-        ),
-        horizon_s=1.1,
-        squish_worth=600,
-        random=0.02,
-    ),
-    "sloppy": Skill(
-        reaction_frames=3,
-        foreseen_frames=0,
-        plans=("R", "JJJR", "JJJJJJR", "L"),
-        horizon_s=0.5,
-        squish_worth=0,
-        random=0.04,
-    ),
-}
-LETTERS = {"R": {RIGHT}, "L": {LEFT}, "J": {RIGHT, JUMP}, "j": {JUMP}, "K": {LEFT, JUMP}, "_": set()}
+SKILLS = {"skilled": Skill(2, 0.27, 0.02), "sloppy": Skill(2, 0.08, 0.03)}
 RANDOM_ACTS = (set(), {RIGHT}, {LEFT}, {RIGHT, JUMP})
+FAR = 1e9
 
 
-def decide(
-    view: View, terrain: Terrain, skill: Skill, holding: set[str], pending: list[set[str]], frame_s: float
-) -> set[str]:
-    """The keys to hold: the first ones of the best plan. `holding` are the keys that are down in this frame, `pending`
-    the decisions that are still on their way."""
-    if view.suit == "fire":
-        targets = [e.x for e in view.enemies if abs(e.y) < 70 and 40 < e.x < 330]
-        if targets:
-            return {ACTION} | ({RIGHT} if targets[0] > 220 else set())
-    foreseen = pending[: skill.foreseen_frames]
-    scores = [
-        imagine(view, terrain, holding, foreseen + [LETTERS[letter] for letter in plan], skill, frame_s)
-        for plan in skill.plans
-    ]
-    best = max(range(len(scores)), key=lambda i: (round(scores[i]), -i))
-    keys = LETTERS[skill.plans[best][0]]
-    if view.vy > 0 and not view.on_ground and _fall_s(view, terrain) > skill.foreseen_frames * frame_s + 0.05:
-        return keys - {JUMP}  # it would still be falling
-    return keys
-
-
-def _fall_s(view: View, terrain: Terrain) -> float:
-    """Seconds until Tux comes down on what is below him now; the screen's height where there is nothing."""
-    columns = terrain.solid[:, int(view.x) // TILE : int(view.x + TILE - 1) // TILE + 1].any(1)
-    rows = np.flatnonzero(columns[int(view.feet) // TILE :])
-    drop = (int(view.feet) // TILE + rows[0]) * TILE - view.feet if len(rows) else 480.0
-    return (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * max(0.0, drop))) / GRAVITY
-
-
-def imagine(
-    view: View, terrain: Terrain, holding: set[str], keys: list[set[str]], skill: Skill, frame_s: float
-) -> float:
-    """Play `keys` out in the head, frame by frame. Returns pixels of progress, squishes counted in, or -1000 and less
-    for a death. The speeds are the game's as measured on flat ground."""
-    solid = terrain.solid
+def choose(view: View, terrain: Terrain, skill: Skill) -> set[str]:
+    """The keys to hold: the first rule that fits what is on the screen. Distances in pixels, from Tux's front."""
+    solid, delay = terrain.solid, skill.foresight_s
     rows, columns = solid.shape
-    height = SUITS[view.suit][0]
-    x, feet, vx, vy, on_ground = view.x, view.feet, view.vx, view.vy, view.on_ground
-    enemies = [[e.x + view.x + TILE / 2, e.y + view.feet, e.vx] for e in view.enemies]
-    held = boosted = JUMP in holding  # boosted: rising by a jump, which is cut short when the key is let go
-    score, time_s = -4.0 * sum(JUMP in k for k in keys), 0.0
-    end_s = skill.horizon_s + skill.foreseen_frames * frame_s
+    row = min(rows - 1, int(view.feet + 2) // TILE)  # of what is under his feet
+    last = min(columns, int(view.right_edge) // TILE)  # what lies beyond cannot be seen
 
-    def blocked(left: float, top_row: int, bottom_row: int) -> bool:
-        c0, c1 = max(0, int(left) // TILE), min(columns - 1, int(left + TILE - 1) // TILE)
-        return bool(solid[max(0, top_row) : max(0, bottom_row) + 1, c0 : c1 + 1].any())
+    def ahead(x: float, there) -> float:
+        """Distance from x to the first visible column to its right where `there(column)`."""
+        return next((c * TILE - x for c in range(max(0, int(x) // TILE), last) if there(c)), FAR)
 
-    while time_s < end_s or (not on_ground and time_s < end_s + 1):
-        now = keys[min(len(keys) - 1, int(time_s / frame_s))]
-        time_s += DT
-        # sideways: 100 at once, then 300 per second squared; 450 when let go, 600 against
-        way = (RIGHT in now) - (LEFT in now)
-        if way == 0:
-            vx = 0.0 if abs(vx) < 100 else vx - np.sign(vx) * 450 * DT
-        elif vx * way < -100:
-            vx += way * 600 * DT
-        else:
-            vx = way * min(TOP_SPEED, max(100.0, abs(vx) if vx * way > 0 else 0.0) + 350 * DT)
-        new_x = max(0.0, x + vx * DT)
-        if blocked(new_x, int(feet - height + 4) // TILE, int(feet - 4) // TILE):
-            vx = 0.0
-        else:
-            x = new_x
-        # up and down
-        jumping = JUMP in now
-        if jumping and not held and on_ground:
-            vy, on_ground, boosted = (-580.0 if abs(vx) > 230 else -520.0), False, True
-        held = jumping
-        if not on_ground or not blocked(x, int(feet) // TILE, int(feet) // TILE):
-            on_ground = False
-            vy += GRAVITY * DT * (3 if vy < 0 and boosted and not jumping else 1)
-            new_feet = feet + vy * DT
-            row = int(new_feet) // TILE
-            if vy > 0 and row > int(feet - 1) // TILE and row < rows and blocked(x, row, row):
-                new_feet, vy, on_ground = float(row * TILE), 0.0, True
-            feet = new_feet
-            if feet > rows * TILE:
-                return -1000 + 100 * time_s
-        # enemies
-        for enemy in enemies:
-            enemy[0] += enemy[2] * DT
-            if abs(x + TILE / 2 - enemy[0]) < 31 and feet - height < enemy[1] and feet > enemy[1] - TILE:
-                if vy > 0 and feet < enemy[1] - TILE + 18:
-                    vy, boosted, score = (-520.0 if jumping else -300.0), False, score + skill.squish_worth
-                    enemy[1] = np.inf
-                else:
-                    return -1000 + 100 * time_s
-    return score + x - view.x
+    def is_pit(column: int) -> bool:
+        return not solid[row:, column].any()
+
+    x = view.x + view.vx * delay  # where he will be when the keys go down
+    pit = ahead(x + TILE, is_pit)
+    wall = ahead(x + TILE, lambda column: solid[max(0, row - 1), column])
+    enemies = [e for e in view.enemies if abs(e.y) < 60 or e.y > 0]
+    gaps = [e.x - TILE + (e.vx - view.vx) * delay for e in enemies if abs(e.y) < 60 and e.x > -30]
+    enemy = min((gap for gap in gaps if gap > -60), default=FAR)
+
+    if view.suit == "fire" and 30 < enemy < 300:
+        return {ACTION, RIGHT} if enemy > 200 else {ACTION}
+    if view.on_ground:
+        reach = 0.6 * (view.vx + WALK)  # what the two of them cover in a short jump
+        if enemy < 30:
+            return {LEFT}
+        if enemy < max(100, reach) or pit < 50 or wall < 64:
+            return {RIGHT, JUMP}
+        if enemy < reach + 40 and view.vx < 150:
+            return set()  # let it come
+        return {RIGHT}
+    below = solid[row:, max(0, int(x + TILE / 2) // TILE)]
+    if not below.any() or (view.vy < 0 and (pit < 96 or wall < 110)):
+        return {RIGHT, JUMP} if view.vy < 0 else {RIGHT}
+
+    # in the air over ground: steer by the place where he will come down
+    drop = max(0.0, (row + int(np.flatnonzero(below)[0])) * TILE - view.feet)
+    fall_s = (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * drop)) / GRAVITY
+    landing = view.x + view.vx * fall_s
+    for e in enemies:
+        miss = view.x + e.x + e.vx * fall_s - landing  # from Tux to the enemy, then
+        if abs(miss) < 24:
+            return set()
+        if 24 <= miss < 110:
+            return {RIGHT, JUMP} if view.vy > 0 and fall_s < delay - 0.05 else {LEFT}
+        if -170 < miss <= -24:
+            return {LEFT}
+    return {LEFT} if ahead(landing + TILE, is_pit) < 90 else {RIGHT}
 
 
 class Demonstrator:
     """Turns frames into held keys. `decisions` and `random_acts` count what it decided."""
 
-    def __init__(self, name: str, terrain: Terrain, seed: int, fps: float = 10.0):
+    def __init__(self, name: str, terrain: Terrain, seed: int):
         if name not in SKILLS:
             raise ValueError(f"demonstrator {name!r} is not known, expected one of {sorted(SKILLS)}")
-        self.skill, self.terrain, self.eyes, self.frame_s = SKILLS[name], terrain, Eyes(terrain), 1 / fps
+        self.skill, self.terrain, self.eyes = SKILLS[name], terrain, Eyes(terrain)
         self.rng = np.random.default_rng(seed)
-        self.holding: set[str] = set()
         self.pending: deque[set[str]] = deque([set()] * self.skill.reaction_frames)
         self.jumps_in_vain = 0
         self.decisions = self.random_acts = 0
 
-    def act(self, frame: np.ndarray, position: tuple[float, float, float, float] | None) -> set[str]:
-        """The keys to hold from now on, decided `reaction_frames` ago. `position` is None while Tux is dead or has won."""
+    def due(self) -> set[str]:
+        """The keys to hold from this frame on, decided `reaction_frames` ago. Call it before `decide`."""
+        return self.pending[0]
+
+    def decide(self, frame: np.ndarray, position: tuple[float, float, float, float] | None):
+        """Decide on `frame`, uint8 (H, W, 3), with Tux at `position`; None while he is dead or has won."""
+        keys: set[str] = set()
         if position is None:
             self.eyes.camera = None  # a restart moves it
-        self.pending.append(set() if position is None else self._decide(frame, position))
-        self.holding = self.pending.popleft()
-        return self.holding
-
-    def _decide(self, frame: np.ndarray, position: tuple[float, float, float, float]) -> set[str]:
-        view = self.eyes.look(frame, position)
-        keys = decide(view, self.terrain, self.skill, self.holding, list(self.pending), self.frame_s)
-        # a key that was already held when Tux landed does not jump: let go of it once
-        self.jumps_in_vain = self.jumps_in_vain + 1 if JUMP in keys and view.on_ground else 0
-        if self.jumps_in_vain > 5:
-            keys, self.jumps_in_vain = keys - {JUMP}, 0
-        self.decisions += 1
-        if self.rng.random() < self.skill.random:
-            self.random_acts += 1
-            keys = RANDOM_ACTS[self.rng.integers(len(RANDOM_ACTS))]
-        return set(keys)
+        else:
+            view = self.eyes.look(frame, position)
+            keys = choose(view, self.terrain, self.skill)
+            # a key that was already held when Tux landed does not jump: let go of it once
+            self.jumps_in_vain = self.jumps_in_vain + 1 if JUMP in keys and view.on_ground else 0
+            if self.jumps_in_vain > 5:
+                keys, self.jumps_in_vain = keys - {JUMP}, 0
+            self.decisions += 1
+            if self.rng.random() < self.skill.random:
+                self.random_acts += 1
+                keys = RANDOM_ACTS[self.rng.integers(len(RANDOM_ACTS))]
+        self.pending.popleft()
+        self.pending.append(keys)

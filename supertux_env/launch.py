@@ -24,6 +24,7 @@ import numpy as np
 DATA_DIR = Path("/usr/share/games/supertux2")
 APT = "apt-get install -y --no-install-recommends supertux xvfb"
 MIN_LOGIC_HZ = 50.0  # the game steps at 66.7 Hz; a starved one drops time and the recording is void
+BOUNCES = (-300, -520)  # Tux's speed when he has stomped on an enemy, without and with the jump key held
 CONFIG = '(supertux-config\n  (pause_on_focusloss #f)\n  (locale "en")\n  (show_fps #f)\n)\n'
 
 
@@ -133,6 +134,8 @@ class Game:
                 continue
             if what == "start":
                 self.alive = True
+            if what == "kill" and round(float(data.split()[-1])) in BOUNCES:
+                what = "squish"
             self.events.append(Truth(now, what, data))
 
     def count(self, what: str) -> int:
@@ -171,17 +174,18 @@ class Game:
     def logic_hz(self, window_s: float = 5.0) -> float:
         """The slowest game step rate over any `window_s` of play, in Hz. Below MIN_LOGIC_HZ a recording is void.
 
-        What passes while a level loads or its intro shows does not count. 0 where less than a window was played.
+        What passes while a level loads or its intro shows does not count.
         """
         starts = np.array([e.monotonic_ns for e in self.events if e.what == "start"])
         times = np.array([p[0] for p in self.positions])
         lives = np.searchsorted(starts, times)  # (N,) which life a position belongs to
         first = np.append(True, np.diff(lives) > 0)  # printed at load, before the intro
-        steps = np.diff(times)[~first[1:] & ~first[:-1]] / 1e9  # (S,) seconds
-        ends = np.cumsum(steps)
-        window = np.searchsorted(ends, np.arange(window_s, ends[-1] if len(ends) else 0, window_s))
-        rates = np.diff(window, prepend=0) / np.diff(ends[window], prepend=0)
-        return float(rates.min()) if len(rates) else 0.0
+        ends = np.cumsum(np.diff(times)[~first[1:] & ~first[:-1]] / 1e9)  # (S,) seconds of play up to each step
+        if len(ends) == 0:
+            return 0.0
+        last = np.searchsorted(ends, np.arange(window_s, ends[-1], window_s))  # steps that end a window
+        last = last if len(last) else np.array([len(ends) - 1])
+        return float((np.diff(last, prepend=0) / np.diff(ends[last], prepend=0)).min())
 
     def __exit__(self, *_):
         _stop(self.process)

@@ -58,21 +58,21 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
         length = 0
         if kind == "enemies":
             count = int(rng.integers(1, 4))
-            length = 12 + 7 * count
-            places = column + 9 + 7 * np.arange(count) + rng.integers(-1, 2, count)
+            length = 12 + 10 * count
+            places = column + 10 + 10 * np.arange(count) + rng.integers(-1, 2, count)
             enemies += [(rng.choice(["snowball", "smartball"], p=[0.7, 0.3]), int(p), row) for p in places]
         elif kind == "pit":
             width = int(rng.integers(2, 5))
-            length = width + 7
+            length = width + 12
             ground[column : column + length] = row
             ground[column + 3 : column + 3 + width] = ROWS
         elif kind == "wall":
-            length = 9
+            length = 14
             ground[column : column + length] = row
             ground[column + 4 : column + 4 + int(rng.integers(1, 3))] = row - int(rng.integers(1, 4))
         elif kind == "step":
             height = int(rng.choice([h for h in (-3, -2, -1, 1, 2, 3) if ROWS - 7 <= row - h <= ROWS - 2]))
-            row, length = row - height, 7
+            row, length = row - height, 10
         else:
             length = int(rng.integers(10, 16))
         if kind not in ("pit", "wall"):
@@ -88,9 +88,7 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
         if rng.random() < 0.6:
             scenery[top : top + 2, first : first + 4] = np.arange(85, 93).reshape(2, 4)  # a cloud
     objects = [
-        f'(snow-enemy (direction "left") (x {x * TILE}) (y {(r - 1) * TILE}) (dead-script {_quote(KILL_SCRIPT)}))'.replace(
-            "snow-enemy", kind
-        ).replace("{kind}", kind)
+        f'({kind} (direction "left") (x {x * TILE}) (y {(r - 1) * TILE}) {_dead_script(kind)})'
         for kind, x, r in enemies
     ]
     flower = '(sprite "images/powerups/fireflower/fireflower.sprite")'
@@ -116,13 +114,13 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
 
 
 def instrument_level(stock: Path, path: Path) -> Path:
-    """Write a copy of a stock level with the truth scripts in it. Raises FileNotFoundError where the game is missing."""
+    """Write a copy of a stock level with the truth scripts in it. FileNotFoundError where it is missing."""
     text = _read(stock)
     text = re.sub(
         r'\(sector\s*\(name "main"\)', lambda m: f"{m[0]}\n(init-script {_quote(TRUTH_SCRIPT)})", text, count=1
     )
     for kind in ENEMIES:
-        script = f"(dead-script {_quote(KILL_SCRIPT.replace('{kind}', kind))})"
+        script = _dead_script(kind)
         text = re.sub(rf"\({kind}(?=\s)(?!\s*\(dead-script)", lambda m, script=script: f"{m[0]}\n{script}", text)
 
     def add_trigger(match):
@@ -171,7 +169,7 @@ def solid_tiles() -> frozenset[int]:
 
 
 def _snow(solid: np.ndarray) -> np.ndarray:
-    """Snow tiles for a solid map (rows, columns): cap above the top, then top and inner rows, each left, middle, right."""
+    """Snow tiles for a solid map (rows, columns): a cap above the top, the top, what is inside; left, middle, right."""
     padded = np.pad(solid, ((0, 1), (1, 1)), mode="edge")
     left, right = ~padded[:-1, :-2], ~padded[:-1, 2:]
     column = np.where(left, 0, np.where(right, 2, 1))
@@ -190,6 +188,10 @@ def _tilemap(tiles: np.ndarray, solid: bool, z: int) -> str:
 
 def _trigger(kind: str, what: str, x: int) -> str:
     return f"({kind} {what} (width {TILE}) (height {ROWS * TILE}) (x {x}) (y 0))"
+
+
+def _dead_script(kind: str) -> str:
+    return f"(dead-script {_quote(KILL_SCRIPT.replace('{kind}', kind))})"
 
 
 def _quote(script: str) -> str:

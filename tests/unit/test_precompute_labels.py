@@ -231,6 +231,32 @@ def test_labels_of_a_session(dataset, capsys):
     assert not list(dataset.glob("run_*/.*"))  # nothing temporary left
 
 
+def test_what_only_looks_like_a_death_at_half_size_is_none(dataset, monkeypatch):
+    """The sprite has fine detail; its halved picture drawn twice as large matches at half size only."""
+    rng = np.random.default_rng(1)
+    smooth = np.asarray(
+        Image.fromarray(rng.integers(40, 216, (5, 6, 3), dtype=np.uint8)).resize((40, 32), Image.BICUBIC)
+    )
+    sprite = np.clip(smooth + rng.choice([-60, 60], (32, 40, 1)), 0, 255).astype(np.uint8)
+    decoy = np.asarray(Image.fromarray(sprite).resize((20, 16), Image.BILINEAR).resize((40, 32), Image.NEAREST))
+    folder = dataset / "detail" / "creatures" / "tux" / "small"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.dstack([sprite, np.full((32, 40), 255, np.uint8)]), "RGBA").save(folder / "gameover-0.png")
+    pictures = np.full((60, 96, 128, 3), 128, np.uint8)
+    pictures[10:20, 20:52, 30:70] = decoy
+    pictures[40:50, 63:95, 87:127] = sprite  # an odd place beside the border
+    keys = {"KEY_RIGHT": np.ones(60, bool)}
+    write_session(dataset / "few" / "run_c", 60, pictures=pictures, keys=keys, labels=False)
+    main(arguments(dataset / "few", sprites=dataset / "detail", sprite_threshold=0.8))
+    events = read_table(dataset / "few" / "run_c" / "events.parquet", EVENTS).to_pydict()
+    assert events["frame_idx"] == [40]
+
+    monkeypatch.setattr(precompute_labels, "NEAR", -9)  # half size alone is deceived
+    main(arguments(dataset / "few", sprites=dataset / "detail", sprite_threshold=0.8, overwrite=True))
+    events = read_table(dataset / "few" / "run_c" / "events.parquet", EVENTS).to_pydict()
+    assert 10 in events["frame_idx"]
+
+
 def test_metadata_tells_how_labels_were_made(dataset):
     main(arguments(dataset, half_life_s=2.0))
     for name in ("events", "episodes", "returns"):
