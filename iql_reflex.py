@@ -88,7 +88,7 @@ class Args:
     buffer_frames: int = 4096
     """size of the shuffle buffer in frames, 3 * image_size^2 bytes each"""
     shuffle: bool = True
-    """shuffle runs of 8 frames; False trains in the order of recording, session after session"""
+    """shuffle the training frames; False trains in the order of recording, session after session"""
 
     backbone: Literal["resnet18", "cnn"] = "resnet18"
     """resnet18 (11.2 M parameters) or a 4-layer cnn"""
@@ -142,7 +142,8 @@ class Args:
 
 # Axes: B batch, N frames of a recording, K keys, T = 3 stacked frames, C H W image (uint8 RGB), S image_size
 CONTEXT = 3  # frames in a stack, oldest first
-RUN = 8  # frames that stay together in the shuffle buffer
+RUN = 8  # frames that are decoded together and stay together in the shuffle buffer
+MIX = 64  # runs whose frames are shuffled when they leave it
 
 
 # data: which frames, which labels -------------------------------------------------------------------------------------
@@ -246,43 +247,44 @@ def choose_validation(recordings: list[Recording], fraction: float, seed: int) -
     return chosen
 
 
-def plan_epoch(
-    training: list[np.ndarray], buffer_frames: int, shuffle: bool, seed: int, epoch: int
-) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-    """The order in which runs (recording, start, stop) are decoded and the order in which they are trained on.
+def plan_epoch(training: list[np.ndarray], buffer_frames: int, shuffle: bool, seed: int, epoch: int):
+    """The order in which runs (recording, start, stop) are decoded, and the order in which samples (run, frame) are
+    trained on. A pure function: resume needs no more than the epoch and the position in it.
 
-    A pure function of its arguments: resume needs no more than the epoch and the position in it. Eight recordings are
-    read side by side, each forwards; a buffer of `buffer_frames` that gives away a random run mixes sessions and times.
+    Eight recordings are read side by side, each forwards. A buffer of `buffer_frames` gives away random runs, and the
+    frames of MIX runs are shuffled once more: in a batch of neighbours a few frames would do all the talking.
     """
     rng = np.random.default_rng((seed, epoch))
     runs_of = []
     for r, mask in enumerate(training):  # mask (N,) bool
-        edges = np.flatnonzero(np.diff(np.r_[False, mask, False]))  # starts and stops of usable stretches, in turns
-        spans = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        edges = np.flatnonzero(np.diff(np.r_[False, mask, False])).tolist()  # start, stop, start, stop, ...
+        spans = zip(edges[::2], edges[1::2], strict=True)
         runs_of.append([(r, s, min(s + RUN, stop)) for start, stop in spans for s in range(start, stop, RUN)])
     if not shuffle:
         decode = [run for recording_runs in runs_of for run in recording_runs]
-        return decode, decode
-    decode = []
-    order = rng.permutation(len(training)).tolist()
+        return decode, [(run, i) for run in decode for i in range(run[1], run[2])]
+    decode, order = [], rng.permutation(len(training)).tolist()
     for group in (order[g : g + 8] for g in range(0, len(order), 8)):
         decode += sorted((run for r in group for run in runs_of[r]), key=lambda run: run[1] / len(training[run[0]]))
-    train, buffer, frames = [], [], 0
+    train, buffer = [], []
     for run in decode:
         buffer.append(run)
-        frames += RUN
-        if frames > buffer_frames:
+        if len(buffer) * RUN > buffer_frames:
             i = rng.integers(len(buffer))
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
             train.append(buffer.pop())
-            frames -= RUN
-    return decode, train + [buffer[i] for i in rng.permutation(len(buffer))]
+    train += [buffer[i] for i in rng.permutation(len(buffer))]
+    samples = []
+    for first in range(0, len(train), MIX):
+        mixed = [(run, i) for run in train[first : first + MIX] for i in range(run[1], run[2])]
+        samples += [mixed[i] for i in rng.permutation(len(mixed))]
+    return decode, samples
 
 
-def stream_batches(recordings: list[Recording], decode: list, train: list, args: Args, first_batch: int):
-    """Batches of an epoch, from `first_batch` on: frames (M, 3, S, S) uint8, each once; stack (B, T), which of them a
-    sample sees, oldest first; rows (B,) of the training recordings' arrays laid end to end."""
-    samples = [(run, i) for run in train for i in range(run[1], run[2])][first_batch * args.batch_size :]
+def stream_batches(recordings: list[Recording], decode: list, samples: list, args: Args, first_batch: int):
+    """Batches of an epoch, from `first_batch` on: stacks (B, T * 3, S, S) uint8, oldest frame first, and rows (B,) of
+    the training recordings' arrays laid end to end."""
+    samples = samples[first_batch * args.batch_size :]
     left = Counter(run for run, _ in samples)  # samples of a run still to be given out
     offset = np.cumsum([0] + [len(recording.usable) for recording in recordings])
     readers = [ForwardReader(recording.video, args.image_size) for recording in recordings]
@@ -299,23 +301,16 @@ def stream_batches(recordings: list[Recording], decode: list, train: list, args:
 
     try:
         for first in range(0, len(samples) - args.batch_size + 1, args.batch_size):
-            batch = samples[first : first + args.batch_size]
-            place, M = {}, 0
-            for run in dict.fromkeys(run for run, _ in batch):
+            stacks, rows = [], []
+            for run, i in samples[first : first + args.batch_size]:
                 while run not in pixels:
                     decode_next()
-                place[run], M = M, M + len(pixels[run])
-            frames = torch.cat([pixels[run] for run in place])
-            oldest = torch.tensor([place[run] + i - run[1] for run, i in batch])  # (B,)
-            yield (
-                frames,
-                oldest[:, None] + torch.arange(CONTEXT),
-                torch.tensor([offset[run[0]] + i for run, i in batch]),
-            )
-            for run, _ in batch:
+                stacks.append(pixels[run][i - run[1] : i - run[1] + CONTEXT].flatten(0, 1))
+                rows.append(offset[run[0]] + i)
                 left[run] -= 1
                 if left[run] == 0:
                     del pixels[run]
+            yield torch.stack(stacks), torch.tensor(rows)
     finally:
         for thread in threads:
             thread.shutdown(cancel_futures=True)
@@ -751,13 +746,12 @@ def main(args: Args) -> dict:
     with runs.StopSignal() as stop_signal:
         while update < total_updates and not stop_signal:
             epoch, first_batch = divmod(update, updates_per_epoch)
-            decode, train = plan_epoch(training, args.buffer_frames, args.shuffle, args.seed, epoch)
-            for frames, stack, rows in stream_batches(recordings, decode, train, args, first_batch):
+            decode, samples = plan_epoch(training, args.buffer_frames, args.shuffle, args.seed, epoch)
+            for stacks, rows in stream_batches(recordings, decode, samples, args, first_batch):
                 waited += time.time() - wait_from
 
-                # fetch: unique frames to the device, stacks are built there
-                stacks = frames.to(device)[stack.to(device)].flatten(1, 2)  # (B, T * 3, S, S)
-                rows = rows.to(device)
+                # fetch
+                stacks, rows = stacks.to(device), rows.to(device)  # (B, T * 3, S, S), (B,)
                 returns, finished = labels["returns"][rows], labels["finished"][rows]  # (B,)
                 if args.random_shift:
                     stacks = random_shift(stacks, args.random_shift)

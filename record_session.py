@@ -64,8 +64,8 @@ def record(args: Args, folder: Path, level: Path) -> dict:
     """Play and record until the time is up, the level is won, the game ends, or a signal comes. Returns the counts."""
     terrain = read_terrain(level)
     player = Demonstrator(args.demonstrator, terrain, args.seed)
-    metadata = {name: str(getattr(args, name)) for name in ("game", "level", "seed", "demonstrator", "crf")}
-    metadata["reaction_frames"] = str(player.skill.reaction_frames)
+    metadata = {"game": args.game, "level": args.level, "seed": str(args.seed), "demonstrator": args.demonstrator}
+    metadata |= {"crf": str(args.crf), "reaction_frames": str(player.skill.reaction_frames)}
     period_ns = round(1e9 / args.fps)
     n_ticks = round(args.seconds * args.fps)
     pause_ns = round(np.random.default_rng(args.seed).uniform(0, 1e9))

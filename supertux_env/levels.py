@@ -47,9 +47,9 @@ class Terrain:
 
 
 def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
-    """Write a level of `tiles` columns: snowballs, pits of 2 to 4 tiles, walls and steps of 1 to 3, a goal."""
+    """Write a level of about `tiles` columns: snowballs, pits of 2 to 4 tiles, walls and steps of 1 to 3, a goal."""
     rng = np.random.default_rng(seed)
-    ground = np.full(tiles, ROWS - 3)  # (columns,) row of the topmost solid tile, ROWS where there is a pit
+    ground = np.full(tiles + 40, ROWS - 3)  # (columns,) row of the topmost solid tile, ROWS where there is a pit
     enemies, column, row = [], 14, ROWS - 3
     kinds = rng.permutation(np.repeat(["enemies", "pit", "wall", "step", "clear"], [7, 4, 2, 3, 2])).tolist()
     while column < tiles - 40:
@@ -79,6 +79,8 @@ def generate_level(seed: int, path: Path, tiles: int = 260) -> Path:
             ground[column : column + length] = row
         column += length
     ground[column:] = row
+    ground = ground[: max(tiles, column + 12)]  # room for the goal
+    tiles = len(ground)
     solid = np.arange(ROWS)[:, None] >= ground  # (ROWS, columns)
     goal = column + 4
     scenery = np.zeros((ROWS, tiles), int)

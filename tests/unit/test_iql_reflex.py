@@ -115,41 +115,44 @@ def test_f1_and_equal_rate_thresholds():
 def test_an_epoch_visits_every_training_frame_once_within_the_buffer(shuffle):
     rng = np.random.default_rng(0)
     training = [rng.random(n) < 0.97 for n in rng.integers(100, 900, 20)]
-    decode, train = q.plan_epoch(training, 256, shuffle, seed=1, epoch=0)
-    visited = [(r, i) for r, start, stop in train for i in range(start, stop)]
-    assert sorted(visited) == [(r, i) for r, mask in enumerate(training) for i in np.flatnonzero(mask)]
-    assert all(stop - start <= q.RUN for _, start, stop in train) and sorted(decode) == sorted(train)
+    decode, samples = q.plan_epoch(training, 1024, shuffle, seed=1, epoch=0)
+    visited = sorted((run[0], i) for run, i in samples)
+    assert visited == [(r, i) for r, mask in enumerate(training) for i in np.flatnonzero(mask)]
+    assert all(run[1] <= i < run[2] <= run[1] + q.RUN for run, i in samples)
     for r in range(20):  # every recording is read forwards
         starts = [start for number, start, _ in decode if number == r]
         assert starts == sorted(starts)
     decoded_at = {run: position for position, run in enumerate(decode)}
-    ahead = max(decoded_at[run] - position for position, run in enumerate(train))
-    assert ahead <= 256 // q.RUN  # no run is asked for before the buffer can hold it
-    assert q.plan_epoch(training, 256, shuffle, 1, 0) == (decode, train)
+    last_use = {run: position for position, (run, _) in enumerate(samples)}
+    newest = np.maximum.accumulate([decoded_at[run] for run, _ in samples])
+    for position in range(0, len(samples), 100):  # runs decoded, less those given away
+        held = newest[position] + 1 - sum(last < position for last in last_use.values())
+        assert held <= 1024 // q.RUN + 2 * q.MIX
+    assert q.plan_epoch(training, 1024, shuffle, 1, 0) == (decode, samples)
     if shuffle:
-        assert q.plan_epoch(training, 256, shuffle, 1, 1)[1] != train
-        first = {r for r, _, _ in train[:32]}
-        assert len(first) >= 4  # sessions mix
+        assert q.plan_epoch(training, 1024, shuffle, 1, 1)[1] != samples
+        batches = [{run for run, _ in samples[b : b + 32]} for b in range(0, len(samples) - 31, 32)]
+        assert np.mean([len(batch) for batch in batches]) > 20  # neighbours are rarely in one batch
+        assert np.mean([len({r for r, _, _ in batch}) for batch in batches]) > 4  # sessions mix
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_batches_hold_the_frames_they_name(recordings, workers):
     args = q.Args(image_size=24, batch_size=16, workers=workers)
     training = [recording.usable for recording in recordings]
-    decode, train = q.plan_epoch(training, 64, True, 1, 0)
+    decode, samples = q.plan_epoch(training, 64, True, 1, 0)
     pictures = [resize(VideoReader(r.video).read(0, len(r.usable)), 24, 24) for r in recordings]
     owner = np.concatenate([np.full(len(r.usable), n) for n, r in enumerate(recordings)])
     frame = np.concatenate([np.arange(len(r.usable)) for r in recordings])
-    batches = list(q.stream_batches(recordings, decode, train, args, 0))
+    batches = list(q.stream_batches(recordings, decode, samples, args, 0))
     assert len(batches) == sum(mask.sum() for mask in training) // 16
-    for frames, stack, rows in batches:
-        for b, row in enumerate(rows.tolist()):
-            expected = pictures[owner[row]][frame[row] - 2 : frame[row] + 1]
-            assert torch.equal(frames[stack[b]], expected)
-    later = list(q.stream_batches(recordings, decode, train, args, 3))
+    for stacks, rows in batches:
+        for stack, row in zip(stacks, rows.tolist(), strict=True):
+            assert torch.equal(stack, pictures[owner[row]][frame[row] - 2 : frame[row] + 1].flatten(0, 1))
+    later = list(q.stream_batches(recordings, decode, samples, args, 3))
     assert len(later) == len(batches) - 3
-    assert all(torch.equal(a[2], b[2]) for a, b in zip(batches[3:], later, strict=True))
-    assert torch.equal(batches[3][0][batches[3][1]], later[0][0][later[0][1]])
+    for (stacks, rows), (later_stacks, later_rows) in zip(batches[3:], later, strict=True):
+        assert torch.equal(rows, later_rows) and torch.equal(stacks, later_stacks)
 
 
 def test_validation_is_blocks_with_a_gap(recordings):
