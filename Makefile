@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 CPU_VERSIONS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 PIP_OPTIONS = $(CPU_VERSIONS) $(addprefix --extra-index-url ,$(TORCH_INDEX))
 CHECK_PYTHON = import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, %s is %s. Name one: make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))
-FRESH_SEEDS = 101 102 103 104 105 106 107 108 109 110
+FRESH_SEEDS = 25 26 31 32 33 34 35 36 38 40
 
 .PHONY: help install demo test smoke lint sample fresh-deaths
 .NOTPARALLEL:
@@ -32,7 +32,7 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 	@echo "== 1 of 2: labels: deaths, wins, episodes and returns of sample_dataset"
 	.venv/bin/python precompute_labels.py --data-dir sample_dataset
 	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
-	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --max-updates 400
+	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
 
 test: .venv/.test ## all tests; those of the game skip where SuperTux or Xvfb is missing
 	.venv/bin/pytest tests/static tests/unit tests/smoke tests/game
@@ -44,17 +44,30 @@ lint: .venv/.dev ## ruff: rules and format
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
-RECORD = .venv/bin/python record_session.py --game supertux --output build/sample
+# name, demonstrator, seed, seconds, level
+define SESSIONS
+run_1 skilled 13 60 generated
+run_2 sloppy 27 80 generated
+run_3 skilled 17 60 generated
+run_4 skilled 19 60 generated
+run_5 sloppy 3 80 generated
+run_6 skilled 12 60 generated
+run_7 sloppy 2 60 welcome_antarctica
+run_8 skilled 1 60 welcome_antarctica
+run_9 skilled 14 60 generated
+heldout_1 sloppy 8 60 generated
+heldout_2 sloppy 2 60 generated
+endef
+export SESSIONS
+RECORD = .venv/bin/python record_session.py --crf 28
+
 sample: .venv/.test ## record the sessions of sample_dataset again, into build/sample; needs SuperTux and Xvfb
 	rm -rf build/sample
-	$(RECORD) --name run_1 --demonstrator skilled --seed 1
-	$(RECORD) --name run_2 --demonstrator sloppy --seed 2
-	$(RECORD) --name run_3 --demonstrator sloppy --seed 3 --level welcome_antarctica
-	$(RECORD) --name heldout_1 --demonstrator sloppy --seed 4
-	@echo "== to take them over: mv build/sample/* sample_dataset/"
+	xargs -P 2 -L 1 sh -c '$(RECORD) --output build/sample --name $$0 --demonstrator $$1 --seed $$2 --seconds $$3 --level $$4' <<< "$$SESSIONS"
+	cp -r sample_dataset/sprites sample_dataset/README.md build/sample
+	@echo "== to take them over: rm -r sample_dataset && mv build/sample sample_dataset"
 
 fresh-deaths: .venv/.test ## record ten new sessions into build/fresh, print precision and recall of their labels
 	rm -rf build/fresh
-	for seed in $(FRESH_SEEDS); do echo "== seed $$seed"; .venv/bin/python record_session.py --game supertux \
-	  --demonstrator sloppy --seconds 60 --seed $$seed --output build/fresh || exit; done
+	xargs -P 2 -n 1 sh -c '$(RECORD) --output build/fresh --name run_$$0 --demonstrator sloppy --seed $$0 --seconds 90' <<< "$(FRESH_SEEDS)"
 	.venv/bin/python precompute_labels.py --data-dir build/fresh --truth

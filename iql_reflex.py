@@ -106,9 +106,9 @@ class Args:
     """let the learning rate fall linearly to 0"""
     weight_decay: float = 1e-4
     """weight decay of AdamW"""
-    max_pos_weight: float = 10.0
+    max_pos_weight: float = 3.0
     """upper limit of the weight off/on that rare keys get in the loss"""
-    random_shift: int = 4
+    random_shift: int = 2
     """augmentation: shift each stack by up to this many pixels; 0 means none"""
     use_awr: bool = True
     """weight imitation by advantage; False is plain behavioural cloning"""

@@ -118,16 +118,16 @@ def test_failure_leaves_no_folder(tmp_path, monkeypatch):
 def test_keys_carry_the_servers_time():
     with Xvfb() as display:
         keyboard, listener = Keyboard(display), KeyListener(display)
-        for name in ("KEY_RIGHT", "KEY_SPACE", WIN_KEY):
+        for name in ("KEY_LEFTCTRL", "KEY_SPACE", WIN_KEY):
             keyboard.tap(name, 0.02)
-        keyboard.hold({"KEY_LEFTCTRL"})
+        keyboard.hold({"KEY_RIGHT"})
         time.sleep(1.0)  # a held key repeats
         keyboard.close()
         listener.close()
         heard = listener.drain()
     sent = keyboard.sent
     assert [event[1:] for event in heard if event[2] != "repeat"] == [event[1:] for event in sent]
-    assert {event[1] for event in heard if event[2] == "repeat"} == {"KEY_LEFTCTRL"}
+    assert {event[1] for event in heard if event[2] == "repeat"} == {"KEY_RIGHT"}
     late = [h[0] - s[0] for h, s in zip([h for h in heard if h[2] != "repeat"], sent, strict=True)]
     assert max(abs(ns) for ns in late) < 50e6
 
@@ -140,7 +140,7 @@ def test_levels_are_as_described(tmp_path):
     assert generate_level(4, tmp_path / "other.stl").read_text() != level.read_text()
     pits = ~terrain.solid.any(0)
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], pits, [0]]))))[::2]  # widths
-    assert len(runs) >= 3 and set(runs) <= {2, 3, 4}
+    assert len(runs) >= 2 and set(runs) <= {2, 3, 4}
 
     copy = instrument_level(STOCK["welcome_antarctica"], tmp_path / "copy.stl")
     text = copy.read_text()

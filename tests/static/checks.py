@@ -17,7 +17,7 @@ OUTPUT_FOLDERS = "runs dataset build .venv creatures levels".split()  # made by 
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
     "events.parquet episodes.parquet returns.parquet "
-    "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4"
+    "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py"
 ).split()
 SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl".split()
 
@@ -221,6 +221,8 @@ def unknown_flags(text: str, flags: dict[str, set[str]]) -> list[str]:
 
     A flag beside a script's name belongs to that script, one alone to any; what other tools are called with is theirs.
     """
+    copies = {copy: flags[script] for script, copy in re.findall(r"cp (\w+\.py) (\w+\.py)", text) if script in flags}
+    flags = flags | copies  # a reader who follows the page has made them
     problems, all_flags = [], set().union(*flags.values())
     for fragment in _code(text) + _prose(text):
         scripts = re.findall(r"(?:python\S* |^\s*)(\w+\.py)\b", fragment)
