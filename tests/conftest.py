@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: networks this small lose time by sharing work
+os.environ["TQDM_DISABLE"] = "1"
+
 PROMISED = {"game": ("CI", "true"), "gpu": ("REQUIRE_GPU", "1")}  # marker -> variable and value that forbid a skip
 WITH_GAMES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/games"])  # Debian's games, not on root's PATH
 

@@ -21,15 +21,6 @@ ROOT = Path(iql_reflex.__file__).parent
 SMALL = dict(backbone="cnn", image_size=32, batch_size=16, lr=1e-3, bootstrap=50, video_seconds=2.0, workers=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small lose time by sharing work among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
@@ -86,7 +77,7 @@ iql_reflex.main(tyro.cli(iql_reflex.Args))
 
 def start(*words) -> subprocess.Popen:
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, **pipes)
 
 
 def assert_same_run(one: Path, other: Path):
