@@ -572,8 +572,9 @@ def report(metrics: dict, details: dict, keys: list[str]):
     names = ("", "_random", "_repeat_last", "_always_on", "_majority")
     print(f"\n{'F1':<16}{'policy':>8}{'random':>8}{'repeat last':>13}{'always on':>11}{'majority':>10}")
     for group in ("key", "onset", "release"):
-        cells = [metrics.get(f"eval/{group}_f1{name}", np.nan) for name in names]
-        print(f"{group:<16}{cells[0]:>8.2f}{cells[1]:>8.2f}{cells[2]:>13.2f}{cells[3]:>11.2f}{cells[4]:>10.2f}")
+        cells = [metrics.get(f"eval/{group}_f1{name}") for name in names]
+        cells = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        print(f"{group:<16}{cells[0]:>8}{cells[1]:>8}{cells[2]:>13}{cells[3]:>11}{cells[4]:>10}")
     low, high = details["value_rank_95"]
     rank = metrics["eval/value_rank_correlation"]
     print(f"\nvalue, rank correlation with the return: {rank:.2f} ({low:.2f} to {high:.2f})")
