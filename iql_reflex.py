@@ -768,9 +768,7 @@ def main(args: Args) -> dict:
                     weights = advantage_weights(
                         advantage, running, args.iql_adv_temperature, args.iql_adv_clip, args.iql_adv_normalizer
                     )
-                    weights = torch.where(
-                        finished > 0, weights, 1.0
-                    )  # the return of an unfinished episode is not known
+                    weights = torch.where(finished > 0, weights, 1.0)  # an unfinished episode's return is not known
                 policy_loss = keys_loss(logits, labels["keys"][rows], weights, pos_weight)
                 value_loss = expectile_loss(returns, value, args.iql_expectile, finished)
                 pointer_loss = mouse_loss(mouse_xy, labels["mouse"][rows], labels["mouse_known"][rows])
@@ -815,7 +813,7 @@ def main(args: Args) -> dict:
                         thresholds = details["thresholds"]
                         for name, metric in metrics.items():
                             writer.add_scalar(name, metric, update)
-                    if not val_parts or metrics["eval/key_ap"] > best_ap:
+                    if not val_parts or not metrics["eval/key_ap"] <= best_ap:  # also where it is NaN
                         best_ap = metrics["eval/key_ap"] if val_parts else best_ap
                         save("best.pt", update)
                     save("last.pt", update)
@@ -845,7 +843,7 @@ def main(args: Args) -> dict:
     writer.close()
     print(f"\nheld-out {', '.join(held_names)}: {len(details['value']):,} frames in episodes")
     report(metrics, details, keys)
-    print(f"\nfiles  {run_dir}: eval.json, eval.png, eval.mp4, best.pt, last.pt")
+    print(f"\nfiles  {run_dir}: eval.json, eval.png,{' eval.mp4,' * (args.video_seconds > 0)} best.pt, last.pt")
     print(f"curves tensorboard --logdir {args.run_root}")
     return metrics | {"run_dir": str(run_dir), "update": update}
 
