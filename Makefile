@@ -30,7 +30,7 @@ install: .venv/.core ## make .venv and install what the scripts need
 
 demo: .venv/.core ## label the sample, train a policy on it, evaluate on the held-out session: about ten minutes
 	@echo "== 1 of 2: labels: deaths, wins, episodes and returns of sample_dataset"
-	.venv/bin/python precompute_labels.py --data-dir sample_dataset
+	.venv/bin/python precompute_labels.py --data-dir sample_dataset --half-life-s 2 --overwrite
 	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
 	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
 

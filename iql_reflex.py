@@ -4,7 +4,7 @@ Learns from `recording.mp4`, `inputs.parquet` (docs/data.md) and the returns of 
 fits an upper expectile of the return (Kostrikov et al. 2021, IQL, eq. 5, on Monte Carlo returns: there is no Q head);
 the key head imitates the player, weighted by exp(advantage) (Peng et al. 2019, AWR, eq. 3). Page: docs/iql_reflex.md
 
-    python precompute_labels.py --data-dir sample_dataset
+    python precompute_labels.py --data-dir sample_dataset --half-life-s 2
     python iql_reflex.py --data-dir sample_dataset
 
 In: a folder of labelled sessions. Out: runs/<task>__iql_reflex__<seed>__<time>/ with last.pt, best.pt, eval.json,
