@@ -1,16 +1,31 @@
 # The one task runner: every recipe is a line a person could type. What to change from outside:
 #   make demo PYTHON=python3.12    another Python, 3.11 or newer
 #   make demo TORCH_INDEX=URL      a package index that has a CPU build of torch: a fifth of the download
+#   make record DATASET_DIR=mine FPS=30 WINDOW="SuperTux 2"     your own sessions; all recipes but demo read DATASET_DIR
+#   make train-custom EPOCHS=50 BATCH_SIZE=32 LR=1e-4 FLAGS="--backbone cnn"      FLAGS: any flag of the script
+#   make train FLAGS=--overwrite   replace the files that another run left in CHECKPOINTS
+#   make export CKPT=checkpoints/reflex_epoch_0.pth OUT=reflex.onnx
 SHELL := bash
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
+DATASET_DIR ?= dataset
+FPS ?= 10
+WINDOW ?= SuperTux
+NEWEST_SESSION = $(patsubst %/recording.mp4,%,$(shell ls -t $(DATASET_DIR)/*/recording.mp4 2>/dev/null | head -1))
+SESSION ?= $(or $(NEWEST_SESSION),$(DATASET_DIR))
+EPOCHS ?=
+BATCH_SIZE ?=
+LR ?=
+FLAGS ?=
+CHECKPOINTS ?= checkpoints
+CKPT ?= $(or $(shell ls -td runs/*__iql_reflex*/ 2>/dev/null | head -1),runs)
+OUT ?= reflex.onnx
 
 CPU_VERSIONS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 PIP_OPTIONS = $(CPU_VERSIONS) $(addprefix --extra-index-url ,$(TORCH_INDEX))
 CHECK_PYTHON = import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, %s is %s. Name one: make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))
-FRESH_SEEDS = 33 36 38 40 101 102 103 104 109 110
 
-.PHONY: help install demo test smoke lint sample fresh-deaths
+.PHONY: help install demo test smoke lint sample fresh-labels record label label-all train train-awr train-no-awr train-custom export bench-speed
 .NOTPARALLEL:
 
 help: ## this list
@@ -21,7 +36,9 @@ install: .venv/.core ## make .venv and install what the scripts need
 # A stamp says that an install came to its end; one that was cut off leaves none, and the next make goes on with it.
 .venv/.test: EXTRA = [test]
 .venv/.dev: EXTRA = [dev]
-.venv/.core .venv/.test .venv/.dev: pyproject.toml constraints-cpu.txt
+.venv/.live: EXTRA = [live]
+.venv/.bench: EXTRA = [bench]
+.venv/.core .venv/.test .venv/.dev .venv/.live .venv/.bench: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	@echo "== installing .$(EXTRA) into .venv $(CPU_VERSIONS); torch is large, the first time takes some minutes"
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
@@ -34,6 +51,33 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
 	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
 
+record: .venv/.live ## record a window of your desktop into DATASET_DIR; WINDOW and FPS say which and how
+	.venv/bin/python record_session.py --fps $(FPS) --window "$(WINDOW)" --output $(DATASET_DIR)
+
+label: .venv/.core ## label the newest session of DATASET_DIR, or SESSION=
+	.venv/bin/python precompute_labels.py --data-dir $(SESSION)
+
+label-all: .venv/.core ## label all sessions of DATASET_DIR that have no labels
+	.venv/bin/python precompute_labels.py --data-dir $(DATASET_DIR)
+
+TRAIN = .venv/bin/python iql_reflex.py --data-dir $(DATASET_DIR)
+TRAIN_FLAGS = $(addprefix --epochs ,$(EPOCHS)) $(addprefix --batch-size ,$(BATCH_SIZE)) $(addprefix --lr ,$(LR)) $(FLAGS)
+
+train: .venv/.core ## train on DATASET_DIR with the script's own settings; EPOCHS, BATCH_SIZE, LR, FLAGS change them
+	$(TRAIN) --checkpoint-dir $(CHECKPOINTS) $(TRAIN_FLAGS)
+
+train-awr: .venv/.core ## advantage-weighted; the two runs stand side by side in tensorboard --logdir runs
+	$(TRAIN) --exp-name iql_reflex_awr --use-awr --checkpoint-dir $(CHECKPOINTS)/awr $(TRAIN_FLAGS)
+
+train-no-awr: .venv/.core ## the same as plain behavioural cloning
+	$(TRAIN) --exp-name iql_reflex_no_awr --no-use-awr --checkpoint-dir $(CHECKPOINTS)/no_awr $(TRAIN_FLAGS)
+
+train-custom: .venv/.core ## train with EPOCHS=, BATCH_SIZE=, LR= and any FLAGS=
+	$(TRAIN) --exp-name iql_reflex_custom --checkpoint-dir $(CHECKPOINTS) $(TRAIN_FLAGS)
+
+export: .venv/.core ## a checkpoint, CKPT= or the newest run's best.pt, as ONNX for playing: OUT=
+	.venv/bin/python export_reflex.py --checkpoint $(CKPT) --output $(OUT)
+
 test: .venv/.test ## all tests; those of the game skip where SuperTux or Xvfb is missing
 	.venv/bin/pytest tests/static tests/unit tests/smoke tests/game
 
@@ -44,30 +88,37 @@ lint: .venv/.dev ## ruff: rules and format
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
+bench-speed: .venv/.bench ## decoding, matching and training beside their rivals: benchmarks/results, docs/benchmarks.md
+	.venv/bin/python -m benchmarks.speed.decode
+	.venv/bin/python -m benchmarks.speed.matching
+	.venv/bin/python -m benchmarks.speed.train_step
+
 # name, demonstrator, seed, seconds, level
 define SESSIONS
-run_1 skilled 13 60 generated
+run_1 skilled 9 80 generated
 run_2 sloppy 27 80 generated
-run_3 skilled 17 60 generated
-run_4 skilled 19 60 generated
-run_5 sloppy 3 80 generated
+run_3 skilled 4 60 generated
+run_4 skilled 14 80 generated
+run_5 sloppy 3 60 generated
 run_6 skilled 12 60 generated
 run_7 sloppy 2 60 welcome_antarctica
 run_8 skilled 1 60 welcome_antarctica
-run_9 skilled 14 60 generated
-heldout_1 sloppy 8 60 generated
-heldout_2 sloppy 2 60 generated
+run_9 sloppy 5 80 generated
+run_10 sloppy 33 80 generated
+run_11 sloppy 36 60 generated
+heldout_1 sloppy 22 60 generated
+heldout_2 sloppy 2 70 generated
 endef
 export SESSIONS
 RECORD = .venv/bin/python record_session.py --crf 28
 
-sample: .venv/.test ## record the sessions of sample_dataset again, into build/sample; needs SuperTux and Xvfb
-	rm -rf build/sample
-	xargs -P 2 -L 1 sh -c '$(RECORD) --output build/sample --name $$0 --demonstrator $$1 --seed $$2 --seconds $$3 --level $$4' <<< "$$SESSIONS"
+sample: .venv/.test ## record the sessions of sample_dataset again, into build/sample (those that are not there yet); needs SuperTux, Xvfb
+	xargs -P 2 -L 1 sh -c 'test -e build/sample/$$0/frames.parquet || $(RECORD) --output build/sample --name $$0 --demonstrator $$1 --seed $$2 --seconds $$3 --level $$4' <<< "$$SESSIONS"
 	cp -r sample_dataset/sprites sample_dataset/README.md build/sample
 	@echo "== to take them over: rm -r sample_dataset && mv build/sample sample_dataset"
 
-fresh-deaths: .venv/.test ## record ten new sessions into build/fresh, print precision and recall of their labels
+fresh-labels: .venv/.test ## record 28 new sessions into build/fresh, compare their labels with what the game reported: 40 minutes
 	rm -rf build/fresh
-	xargs -P 2 -n 1 sh -c '$(RECORD) --output build/fresh --name run_$$0 --demonstrator sloppy --seed $$0 --seconds 90' <<< "$(FRESH_SEEDS)"
+	printf '%s\n' "skilled 640 480 "{200..211} "skilled 800 600 "{212..219} "sloppy 640 480 "{220..223} "sloppy 800 600 "{224..227} \
+	| xargs -P 2 -L 1 sh -c 'for try in 1 2 3; do $(RECORD) --output build/fresh --name run_$$3 --demonstrator $$0 --width $$1 --height $$2 --seed $$3 --seconds 90 && exit; done; exit 1'
 	.venv/bin/python precompute_labels.py --data-dir build/fresh --truth

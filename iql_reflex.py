@@ -2,7 +2,8 @@
 
 Learns from `recording.mp4`, `inputs.parquet` (docs/data.md) and the returns of `precompute_labels.py`. A value head
 fits an upper expectile of the return (Kostrikov et al. 2021, IQL, eq. 5, on Monte Carlo returns: there is no Q head);
-the key head imitates the player, weighted by exp(advantage) (Peng et al. 2019, AWR, eq. 3). Page: docs/iql_reflex.md
+the key head imitates the player, weighted by exp(advantage) (Peng et al. 2019, AWR, eq. 3); an inverse-dynamics head
+names the keys that led from one frame to the next (Pathak et al. 2017, ICM, eq. 2). Page: docs/iql_reflex.md
 
     python precompute_labels.py --data-dir sample_dataset --half-life-s 2
     python iql_reflex.py --data-dir sample_dataset
@@ -28,10 +29,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import runs
@@ -45,7 +46,7 @@ from common.sessions import (
     mouse_table,
     read_table,
 )
-from common.video import ForwardReader, VideoReader, VideoWriter, iter_frames, video_backend
+from common.video import ForwardReader, VideoReader, VideoWriter, draw_keys, iter_frames, video_backend
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Args:
     run_root: str = "runs"
     """folder that receives the run folder"""
     resume: str | None = None
-    """run folder to go on with; its own arguments hold, --epochs, --max-updates, --workers and --device may change"""
+    """run folder to go on with; its own arguments hold, apart from those that the script's page names"""
 
     data_dir: str = "dataset"
     """folder of labelled sessions"""
@@ -125,6 +126,8 @@ class Args:
     """coefficient of the value loss"""
     mouse_coef: float = 1.0
     """coefficient of the mouse loss, on frames where the pointer is known"""
+    inv_dyn_weight: float = 0.2
+    """coefficient of the inverse-dynamics loss; 0 leaves the head out"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or not; auto takes it on CUDA, and on CPUs with AMX, elsewhere it is slower"""
     compile_model: bool = False
@@ -134,6 +137,10 @@ class Args:
     """updates between two rows of TensorBoard scalars"""
     save_every: int = 200
     """updates between two saves of last.pt; it is also saved after each epoch and on Ctrl-C or SIGTERM"""
+    checkpoint_dir: str | None = None
+    """folder that also receives reflex_epoch_<n>.pth after each epoch; None means none"""
+    overwrite: bool = False
+    """replace another run's files in `checkpoint_dir`"""
     bootstrap: int = 1000
     """resamples of 5 s blocks behind the intervals of the final evaluation"""
     video_seconds: float = 20.0
@@ -144,6 +151,7 @@ class Args:
 CONTEXT = 3  # frames in a stack, oldest first
 RUN = 8  # frames that are decoded together and stay together in the shuffle buffer
 MIX = 64  # runs whose frames are shuffled when they leave it
+EPOCH_FILE = "reflex_epoch_{}.pth"  # in `checkpoint_dir`, the first epoch is 0
 
 
 # data: which frames, which labels -------------------------------------------------------------------------------------
@@ -156,11 +164,12 @@ class Recording:
     fps: float
     keys: np.ndarray  # (N, K) bool, down at any moment of [t_{i+h}, t_{i+h+1}), h = action_horizon: the label
     keys_before: np.ndarray  # (N, K) bool, the same at i - 1, the last row fully known at the decision
+    keys_now: np.ndarray  # (N, K) bool, down at t_i: what leads from frame i to i + 1
     mouse: np.ndarray  # (N, 2) pointer in 0..1 of the picture
     mouse_known: np.ndarray  # (N,) bool
     returns: np.ndarray  # (N,)
     finished: np.ndarray  # (N,) bool, the episode ended in a win or a death, so the return is known
-    usable: np.ndarray  # (N,) bool, stack and label lie inside one episode
+    usable: np.ndarray  # (N,) bool, frame and label lie inside one episode, the stack inside the recording
     training: np.ndarray  # (N,) bool, usable and neither validation nor the gap beside it
 
 
@@ -172,13 +181,19 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         tqdm.write(
             f"{session.video} has {N:,} frames for {session.n_frames:,} rows of frames.parquet: using these {N:,}"
         )
-    keys_any = key_table(session, keys)[1][:N]  # (N, K)
+    keys_now, keys_any = (table[:N] for table in key_table(session, keys))  # (N, K), (N, K)
     mouse, mouse_known = mouse_table(session)
     returns, finished, episode = np.zeros(N), np.zeros(N, bool), np.full(N, -1)
     for row in read_table(folder / "episodes.parquet", EPISODES).to_pylist():
         inside = slice(row["start_frame"], row["end_frame"] + 1)
         episode[inside], finished[inside] = row["episode_id"], row["outcome"] != "INCOMPLETE"
     table = read_table(folder / "returns.parquet", RETURNS)
+    made_for, size = (table.schema.metadata or {}).get(b"recording_bytes"), session.video.stat().st_size
+    if made_for is not None and int(made_for) != size:
+        raise ValueError(
+            f"{folder}/returns.parquet was made for a recording with recording_bytes {int(made_for)}, recording.mp4 "
+            f"has {size}. Label it again: python precompute_labels.py --overwrite --data-dir {folder.parent}"
+        )
     if len(table) and table["frame_idx"][-1].as_py() >= session.n_frames:
         raise ValueError(
             f"{folder}/returns.parquet labels frame {table['frame_idx'][-1]}, there are {session.n_frames:,}. "
@@ -195,6 +210,7 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         fps=session.fps,
         keys=np.concatenate([keys_any[h:], np.zeros_like(keys_any[:h])]),
         keys_before=np.concatenate([np.zeros_like(keys_any[:1]), keys_any[:-1]]),
+        keys_now=keys_now,
         mouse=mouse[:N] / [reader.width, reader.height],
         mouse_known=mouse_known[:N],
         returns=returns,
@@ -252,7 +268,8 @@ def plan_epoch(training: list[np.ndarray], buffer_frames: int, shuffle: bool, se
     trained on. A pure function: resume needs no more than the epoch and the position in it.
 
     Eight recordings are read side by side, each forwards. A buffer of `buffer_frames` gives away random runs, and the
-    frames of MIX runs are shuffled once more: in a batch of neighbours a few frames would do all the talking.
+    frames of MIX runs are shuffled once more: in a batch of neighbours a few frames would do all the talking. Of every
+    four frames two stay together, (i, i + 1), other two in each epoch: inverse dynamics needs the frame that follows.
     """
     rng = np.random.default_rng((seed, epoch))
     runs_of = []
@@ -276,8 +293,13 @@ def plan_epoch(training: list[np.ndarray], buffer_frames: int, shuffle: bool, se
     train += [buffer[i] for i in rng.permutation(len(buffer))]
     samples = []
     for first in range(0, len(train), MIX):
-        mixed = [(run, i) for run in train[first : first + MIX] for i in range(run[1], run[2])]
-        samples += [mixed[i] for i in rng.permutation(len(mixed))]
+        units = []
+        for run in train[first : first + MIX]:
+            frames = deque(range(run[1], run[2]))
+            while frames:
+                together = 2 if (frames[0] + epoch) % 4 == 0 and len(frames) > 1 else 1
+                units.append([(run, frames.popleft()) for _ in range(together)])
+        samples += [sample for u in rng.permutation(len(units)) for sample in units[u]]
     return decode, samples
 
 
@@ -378,21 +400,31 @@ class CNN(nn.Module):
 
 
 class ReflexNet(nn.Module):
-    """Shared backbone with a key, a mouse and a value head. Stacks of any height and width."""
+    """Shared backbone with a key, a mouse, a value and, where asked for, an inverse-dynamics head. Any H and W."""
 
-    def __init__(self, n_keys: int, backbone: str):
+    def __init__(self, n_keys: int, backbone: str, inverse_dynamics: bool = False):
         super().__init__()
         self.backbone = {"resnet18": ResNet18, "cnn": CNN}[backbone](3 * CONTEXT)
         self.keys_head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, n_keys))
         self.mouse_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 2), nn.Sigmoid())
         self.value_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
+        self.inverse_head = None
+        if inverse_dynamics:
+            self.inverse_head = nn.Sequential(nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, n_keys))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
 
-    def forward(self, pixels):  # (B, T * 3, H, W) uint8, oldest frame first
-        x = ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        features = self.backbone(x)  # (B, 512)
+    def features(self, pixels):  # (B, T * 3, H, W) uint8, oldest frame first -> (B, 512)
+        return self.backbone(((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+
+    def heads(self, features):  # (B, 512) -> (B, K), (B, 2), (B,)
         return self.keys_head(features), self.mouse_head(features), self.value_head(features).squeeze(1)
+
+    def inverse_dynamics(self, features, next_features):  # (B, 512), (B, 512) -> (B, K)
+        return self.inverse_head(torch.cat([features, next_features], 1))
+
+    def forward(self, pixels):  # (B, T * 3, H, W) uint8 -> (B, K), (B, 2), (B,)
+        return self.heads(self.features(pixels))
 
 
 # ALGO LOGIC: losses ---------------------------------------------------------------------------------------------------
@@ -430,6 +462,12 @@ def mouse_loss(predicted, mouse, known):
     return ((predicted - mouse).square().mean(1) * known).sum() / known.sum().clamp(min=1)
 
 
+def inverse_dynamics_loss(logits, keys, followed):
+    """Binary cross-entropy on the rows whose next frame is known. (B, K), (B, K), (B,) -> scalar"""
+    per_row = F.binary_cross_entropy_with_logits(logits, keys, reduction="none").mean(1)  # (B,)
+    return (per_row * followed).sum() / followed.sum().clamp(min=1)
+
+
 def random_shift(stacks, pixels: int):
     """Shift every stack by up to `pixels`, its border repeated (DrQ, Kostrikov et al. 2020). (B, C, H, W) uint8"""
     B, _, H, W = stacks.shape
@@ -443,31 +481,36 @@ def random_shift(stacks, pixels: int):
 
 # evaluation -----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def predict(network, recording: Recording, start: int, stop: int, args: Args, device) -> tuple[np.ndarray, np.ndarray]:
-    """Key probabilities (stop - start, K) and values (stop - start,) of frames [start, stop), in order."""
+def predict(network, recording: Recording, start: int, stop: int, args: Args, device) -> tuple[np.ndarray, ...]:
+    """Of frames [start, stop), in order: key probabilities (n, K), values (n,), and the probabilities (n, K) that
+    inverse dynamics gives to the keys between a frame and the next, NaN on the last row and without that head."""
     network.eval()
-    reader = ForwardReader(recording.video, args.image_size)
-    probabilities, values = [], []
-    for first in range(start, stop, 64):
-        last = min(first + 64, stop)
-        frames = reader.read(max(0, first - CONTEXT + 1), last).to(device)
-        rows = torch.arange(first, last)[:, None] + torch.arange(1 - CONTEXT, 1)  # (n, T)
-        rows = rows.clamp(min=0) - max(0, first - CONTEXT + 1)  # before the first frame: the first frame again
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
-            logits, _, value = network(frames[rows.to(device)].flatten(1, 2))
-        probabilities.append(logits.float().sigmoid().cpu())
-        values.append(value.float().cpu())
+    reader, features = ForwardReader(recording.video, args.image_size), []
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
+        for first in range(start, stop, 64):
+            last = min(first + 64, stop)
+            frames = reader.read(max(0, first - CONTEXT + 1), last).to(device)
+            rows = torch.arange(first, last)[:, None] + torch.arange(1 - CONTEXT, 1)  # (n, T)
+            rows = rows.clamp(min=0) - max(0, first - CONTEXT + 1)  # before the first frame: the first frame again
+            features.append(network.features(frames[rows.to(device)].flatten(1, 2)))
+        features = torch.cat(features)  # (n, 512)
+        logits, _, value = network.heads(features)
+        inverse = torch.full_like(logits, torch.nan)
+        if network.inverse_head is not None:
+            inverse[:-1] = network.inverse_dynamics(features[:-1], features[1:])
     network.train()
-    return torch.cat(probabilities).numpy(), torch.cat(values).numpy()  # (n, K), (n,)
+    return tuple(x.float().cpu().numpy() for x in (logits.float().sigmoid(), value, inverse.float().sigmoid()))
 
 
-def f1(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+def f1(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:  # twin: f1
     """F1 per key, 0 where a key is neither pressed nor predicted. (N, K), (N, K) -> (K,)"""
     hits = (predicted & true).sum(0)
     return 2 * hits / np.maximum(predicted.sum(0) + true.sum(0), 1)
 
 
-def event_f1(predicted: np.ndarray, true: np.ndarray, part: np.ndarray, change: int, tolerance: int = 1) -> float:
+def event_f1(  # twin: event_f1
+    predicted: np.ndarray, true: np.ndarray, part: np.ndarray, change: int, tolerance: int = 1
+) -> float:
     """F1 of key onsets (change +1) or releases (-1) over all keys. A predicted one is right when a true one, each used
     once, lies within `tolerance` frames. (N, K), (N, K), (N,) number of the unbroken stretch a frame belongs to"""
 
@@ -487,6 +530,19 @@ def event_f1(predicted: np.ndarray, true: np.ndarray, part: np.ndarray, change: 
     return 2 * hits / max(total, 1)
 
 
+def chatter(keys: np.ndarray, part: np.ndarray) -> np.ndarray:  # twin: chatter
+    """Flips per pair of neighbouring frames, per key. (N, K), (N,) as in `event_f1` -> (K,)"""
+    neighbours = np.diff(part) == 0  # (N - 1,)
+    return (keys[1:] != keys[:-1])[neighbours].sum(0) / max(neighbours.sum(), 1)
+
+
+def calibration_error(probability: np.ndarray, true: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017, eq. 3) of the probability that a key is down: over bins of equal
+    width, the mean of |mean probability - share of true| by share of the rows. Any shape, the same for both."""
+    p, y = probability.ravel().astype(float), true.ravel()
+    return np.abs(np.bincount(np.minimum((p * bins).astype(int), bins - 1), p - y)).sum() / len(p)
+
+
 def equal_rate_thresholds(probabilities: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Per key, the threshold that presses it as often as the player did. (N, K), (N, K) -> (K,)"""
     return np.array([np.quantile(p, 1 - rate) for p, rate in zip(probabilities.T, true.mean(0), strict=True)])
@@ -495,36 +551,47 @@ def equal_rate_thresholds(probabilities: np.ndarray, true: np.ndarray) -> np.nda
 def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: int = 0) -> tuple[dict, dict]:
     """Score the policy on `parts` [(recording, start, stop)], none of them trained on.
 
-    Returns the metrics with their baselines, flat, and per-key and per-frame details. `thresholds` (K,) None takes
-    those of equal rate, which is for validation only. `bootstrap` resamples of 5 s blocks add intervals of 95 %.
+    Returns the metrics with their baselines, flat, and details: `per_key` columns (K,), `value` and `returns` (N,),
+    `intervals_95`. `thresholds` (K,) None takes those of equal rate, which is for validation only. `bootstrap`
+    resamples of 5 s blocks make the intervals.
     """
     columns = []
     for number, (recording, start, stop) in enumerate(parts):
         use = recording.usable[start:stop]
-        column = {name: getattr(recording, name)[start:stop] for name in ("keys", "keys_before", "returns", "finished")}
-        column["probability"], column["value"] = predict(network, recording, start, stop, args, device)
+        names = ("keys", "keys_before", "keys_now", "returns", "finished")
+        column = {name: getattr(recording, name)[start:stop] for name in names}
+        predictions = predict(network, recording, start, stop, args, device)
+        column |= dict(zip(("probability", "value", "inverse"), predictions, strict=True))
         column["part"] = 10**6 * number + np.cumsum(~use)  # one number for every unbroken stretch
         columns.append({name: values[use] for name, values in column.items()})
-    true, before, returns, finished, probability, value, part = (
+    true, before, now, returns, finished, probability, value, inverse, part = (
         np.concatenate([column[name] for column in columns]) for name in columns[0]
     )
     if thresholds is None:
         thresholds = equal_rate_thresholds(probability, true)
     predicted, always_on, rate = probability > thresholds, np.ones_like(true), true.mean(0)
+    changed = true != before  # (N, K), repeat-last is wrong on each of them
     rng = np.random.default_rng(args.seed)
     shifts = rng.integers(1, len(true), 100)  # a random policy of equal rates: ours, at another time
     random = [np.roll(predicted, shift, axis=0) for shift in shifts]
 
+    def key_f1(keys) -> float:
+        return f1(keys, true).mean()
+
+    def change_f1(keys) -> float:
+        return f1(keys & changed, true & changed).mean()
+
+    def change_accuracy(keys) -> float:
+        return ((keys == true) & changed).sum() / max(changed.sum(), 1)
+
     def scores(rows) -> dict:
         known = rows[finished[rows]]
         constant = len(known) < 2 or np.ptp(returns[known]) == 0 or np.ptp(value[known]) == 0
-        ap = [
-            average_precision_score(t, p) if t.any() else np.nan
-            for t, p in zip(true[rows].T, probability[rows].T, strict=True)
-        ]
+        pairs = zip(true[rows].T, probability[rows].T, strict=True)
+        ap = np.array([average_precision_score(t, p) if t.any() else np.nan for t, p in pairs])  # (K,)
         return {
-            "ap": np.array(ap),  # (K,)
-            "ap_above_base": np.array(ap) - true[rows].mean(0),  # (K,)
+            "ap": ap,
+            "ap_above_base": ap - true[rows].mean(0),  # (K,)
             "f1_above_always_on": f1(predicted[rows], true[rows]).mean() - f1(always_on[rows], true[rows]).mean(),
             "value_rank": np.nan if constant else spearmanr(value[known], returns[known]).statistic,
         }
@@ -533,91 +600,134 @@ def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: in
     metrics = {
         "eval/key_ap": np.nanmean(whole["ap"]),
         "eval/key_ap_random": rate.mean(),
-        "eval/key_f1": f1(predicted, true).mean(),
+        "eval/key_ece": calibration_error(probability, true),
+        "eval/key_f1": key_f1(predicted),
         "eval/key_f1_always_off": 0.0,
-        "eval/key_f1_always_on": f1(always_on, true).mean(),
-        "eval/key_f1_majority": f1(np.broadcast_to(rate > 0.5, true.shape), true).mean(),
-        "eval/key_f1_repeat_last": f1(before, true).mean(),
-        "eval/key_f1_random": np.mean([f1(keys, true).mean() for keys in random]),
+        "eval/key_f1_always_on": key_f1(always_on),
+        "eval/key_f1_majority": key_f1(np.broadcast_to(rate > 0.5, true.shape)),
+        "eval/key_f1_repeat_last": key_f1(before),
+        "eval/key_f1_random": np.mean([key_f1(keys) for keys in random]),
         "eval/onset_f1": event_f1(predicted, true, part, +1),
         "eval/onset_f1_repeat_last": event_f1(before, true, part, +1),
         "eval/onset_f1_random": np.mean([event_f1(keys, true, part, +1) for keys in random]),
         "eval/release_f1": event_f1(predicted, true, part, -1),
         "eval/release_f1_repeat_last": event_f1(before, true, part, -1),
         "eval/release_f1_random": np.mean([event_f1(keys, true, part, -1) for keys in random]),
+        "eval/change_f1": change_f1(predicted),
+        "eval/change_f1_always_on": change_f1(always_on),
+        "eval/change_f1_repeat_last": change_f1(before),
+        "eval/change_f1_random": np.mean([change_f1(keys) for keys in random]),
+        "eval/change_accuracy": change_accuracy(predicted),
+        "eval/change_accuracy_always_on": change_accuracy(always_on),
+        "eval/change_accuracy_repeat_last": change_accuracy(before),
+        "eval/change_accuracy_random": np.mean([change_accuracy(keys) for keys in random]),
+        "eval/chatter": chatter(predicted, part).mean(),
+        "eval/chatter_player": chatter(true, part).mean(),
         "eval/value_rank_correlation": whole["value_rank"],
     }
-    details = {"thresholds": thresholds, "rate": rate, "predicted_rate": predicted.mean(0), "ap": whole["ap"]}
-    details |= {"f1": f1(predicted, true), "value": value, "returns": np.where(finished, returns, np.nan)}
+    followed = ~np.isnan(inverse[:, 0])  # (N,)
+    if followed.any():
+        now, inverse = now[followed], inverse[followed]
+        metrics |= {
+            "eval/inv_dyn_f1": f1(inverse > 0.5, now).mean(),
+            "eval/inv_dyn_f1_always_on": f1(np.ones_like(now), now).mean(),
+            "eval/inv_dyn_f1_majority": f1(np.broadcast_to(now.mean(0) > 0.5, now.shape), now).mean(),
+        }
+    hits = (predicted & true).sum(0)  # (K,)
+    per_key = {
+        "support": true.sum(0),
+        "rate": rate,
+        "policy_rate": predicted.mean(0),
+        "threshold": thresholds,
+        "precision": hits / np.maximum(predicted.sum(0), 1),
+        "recall": hits / np.maximum(true.sum(0), 1),
+        "f1": f1(predicted, true),
+        "ap": whole["ap"],
+        "ece": np.array([calibration_error(p, t) for p, t in zip(probability.T, true.T, strict=True)]),
+        "chatter": chatter(predicted, part),
+        "chatter_player": chatter(true, part),
+    }
+    details = {"per_key": per_key, "value": value, "returns": np.where(finished, returns, np.nan), "intervals_95": {}}
     if bootstrap:
         blocks = np.array_split(np.arange(len(true)), max(1, len(true) // int(5 * parts[0][0].fps)))
         picks = rng.integers(len(blocks), size=(bootstrap, len(blocks)))
-        draws = [
-            scores(np.concatenate([blocks[b] for b in pick])) for pick in tqdm(picks, desc="intervals", leave=False)
-        ]
-        for name in whole:
-            details[f"{name}_95"] = np.nanpercentile(
-                [draw[name] for draw in draws], [2.5, 97.5], axis=0
-            )  # (2,) or (2, K)
+        picks = tqdm(picks, desc="intervals", leave=False)
+        draws = [scores(np.concatenate([blocks[b] for b in pick])) for pick in picks]
+        for name in whole:  # (2,) or (2, K)
+            details["intervals_95"][name] = np.nanpercentile([draw[name] for draw in draws], [2.5, 97.5], axis=0)
     return {name: float(metric) for name, metric in metrics.items()}, details
+
+
+COMPARED = {  # what the final evaluation prints and draws beside its baselines
+    "keys, F1": "eval/key_f1",
+    "onsets, F1": "eval/onset_f1",
+    "releases, F1": "eval/release_f1",
+    "changes, F1": "eval/change_f1",
+    "changes, accuracy": "eval/change_accuracy",
+    "inverse dynamics, F1": "eval/inv_dyn_f1",
+}
+BASELINES = {
+    "policy": "",
+    "random": "_random",
+    "repeat last": "_repeat_last",
+    "always on": "_always_on",
+    "majority": "_majority",
+}
+
+
+def table_of_keys(per_key: dict) -> tuple[list[str], list[list[str]]]:
+    """Headings, and one row of cells per key."""
+    columns = [[f"{x:.0f}" if name == "support" else f"{x:.2f}" for x in column] for name, column in per_key.items()]
+    return [name.replace("_", " ") for name in per_key], [list(row) for row in zip(*columns, strict=True)]
 
 
 def report(metrics: dict, details: dict, keys: list[str]):
     """The figures of the final evaluation, for the terminal."""
-    print(f"\n{'key':<16}{'player':>8}{'policy':>8}{'AP':>7}   95 % above base rate{'F1':>7}")
-    for k, key in enumerate(keys):
-        low, high = details["ap_above_base_95"][:, k]
-        row = f"{key:<16}{details['rate'][k]:>8.1%}{details['predicted_rate'][k]:>8.1%}{details['ap'][k]:>7.2f}"
-        print(f"{row}   {low:>+8.2f} to {high:+.2f}    {details['f1'][k]:>7.2f}")
-    names = ("", "_random", "_repeat_last", "_always_on", "_majority")
-    print(f"\n{'F1':<16}{'policy':>8}{'random':>8}{'repeat last':>13}{'always on':>11}{'majority':>10}")
-    for group in ("key", "onset", "release"):
-        cells = [metrics.get(f"eval/{group}_f1{name}") for name in names]
-        cells = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        print(f"{group:<16}{cells[0]:>8}{cells[1]:>8}{cells[2]:>13}{cells[3]:>11}{cells[4]:>10}")
-    low, high = details["value_rank_95"]
+    headings, rows = table_of_keys(details["per_key"])
+    print(f"\n{'':<14}" + "".join(f"  {name:>5}" for name in headings) + "  AP above base rate")
+    for k, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        low, high = details["intervals_95"]["ap_above_base"][:, k]
+        cells = "".join(f"  {cell:>{max(5, len(name))}}" for name, cell in zip(headings, row, strict=True))
+        print(f"{key:<14}{cells}  {low:>+8.2f} to {high:+.2f}")
+    print(f"\n{'':<20}" + "".join(f"{name:>13}" for name in BASELINES))
+    for label, metric in COMPARED.items():
+        if metric in metrics:
+            cells = [metrics.get(metric + suffix) for suffix in BASELINES.values()]
+            print(f"{label:<20}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>13}" for cell in cells))
+    print(f"\ncalibration error {metrics['eval/key_ece']:.3f} over all keys", end=", ")
+    print(f"chatter {metrics['eval/chatter']:.3f}, the player's {metrics['eval/chatter_player']:.3f}")
+    low, high = details["intervals_95"]["value_rank"]
     rank = metrics["eval/value_rank_correlation"]
-    print(f"\nvalue, rank correlation with the return: {rank:.2f} ({low:.2f} to {high:.2f})")
+    print(f"value, rank correlation with the return: {rank:.2f} ({low:.2f} to {high:.2f})")
 
 
 def plot_evaluation(path: Path, metrics: dict, details: dict, keys: list[str]):
-    """eval.png: how well each key is ranked, the policy beside the baselines, the value beside the return."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.3, 1.6])
-    errors = np.abs(details["ap_95"] - details["ap"])  # (2, K)
-    left.bar(keys, details["ap"], yerr=errors, capsize=4, color="C0", label="policy, 95 %")
-    left.bar(keys, details["rate"], color="none", edgecolor="black", linestyle="--", label="base rate")
-    left.set(title="average precision per key", ylim=(0, 1))
-    left.tick_params(axis="x", labelrotation=30)
-    for j, name in enumerate(["", "_random", "_repeat_last", "_always_on", "_majority"]):
-        height = [metrics.get(f"eval/{group}_f1{name}", 0.0) for group in ("key", "onset", "release")]
-        middle.bar(np.arange(3) + 0.16 * (j - 2), height, 0.16, label=name[1:].replace("_", " ") or "policy")
-    middle.set(
-        title="F1 beside the baselines", ylim=(0, 1), xticks=range(3), xticklabels=["keys", "onsets", "releases"]
-    )
-    right.plot(details["returns"], label="return")
-    right.plot(details["value"], linewidth=0.8, label="value")
-    right.set(title="value head", xlabel="held-out frame")
-    for axes in (left, middle, right):
-        axes.legend()
+    """eval.png: average precision, the policy beside the baselines, value beside return, and the table of keys."""
+    per_key, ap_95 = details["per_key"], details["intervals_95"]["ap"]  # (2, K)
+    figure = Figure(figsize=(14, 4.6 + 0.25 * len(keys)), layout="constrained")
+    grid = {"width_ratios": [1, 1.6, 1.6], "height_ratios": [4, 0.5 + 0.25 * len(keys)]}
+    axes = figure.subplot_mosaic([["keys", "baselines", "value"], ["table"] * 3], **grid)
+    errors = np.abs(ap_95 - per_key["ap"])
+    axes["keys"].bar(keys, per_key["ap"], yerr=errors, capsize=4, label="policy, 95 %")
+    axes["keys"].bar(keys, per_key["rate"], color="none", edgecolor="black", linestyle="--", label="base rate")
+    axes["keys"].set(title="average precision per key", ylim=(0, 1))
+    axes["keys"].tick_params(axis="x", labelrotation=30)
+    compared = {label: metric for label, metric in COMPARED.items() if metric in metrics}
+    for j, (name, suffix) in enumerate(BASELINES.items()):
+        height = [metrics.get(metric + suffix, 0.0) for metric in compared.values()]
+        axes["baselines"].bar(np.arange(len(compared)) + 0.16 * (j - 2), height, 0.16, label=name)
+    labels = [label.replace(",", "").replace(" ", "\n") for label in compared]
+    axes["baselines"].set(title="beside the baselines", ylim=(0, 1), xticks=range(len(compared)), xticklabels=labels)
+    axes["baselines"].tick_params(axis="x", labelsize=7)
+    axes["value"].plot(details["returns"], label="return")
+    axes["value"].plot(details["value"], linewidth=0.8, label="value")
+    axes["value"].set(title="value head", xlabel="held-out frame")
+    for name in ("keys", "baselines", "value"):
+        axes[name].legend()
+    headings, rows = table_of_keys(per_key)
+    axes["table"].axis("off")
+    axes["table"].table(rows, rowLabels=keys, colLabels=headings, loc="center")
     figure.savefig(path, dpi=110)
-
-
-def draw_keys(picture: np.ndarray, keys: list[str], rows: dict[str, np.ndarray], note: str) -> np.ndarray:
-    """The picture (H, W, 3) above a strip with one line of key caps per entry of `rows` (K,) bool, lit where down."""
-    H, W = picture.shape[0], max(picture.shape[1], 60 + 90 * len(keys))
-    canvas = Image.new("RGB", (W, H + 22 * len(rows) + 26), "black")
-    canvas.paste(Image.fromarray(picture))
-    draw, cap = ImageDraw.Draw(canvas), (W - 60) // len(keys)
-    for line, (name, down) in enumerate(rows.items()):
-        y = H + 4 + 22 * line
-        draw.text((4, y + 3), name, "white")
-        for k, key in enumerate(keys):
-            x, lit = 58 + k * cap, "#3fb950" if line == 0 else "#58a6ff"
-            draw.rectangle((x, y, x + cap - 4, y + 18), lit if down[k] else "#21262d", "#484f58")
-            draw.text((x + 5, y + 3), key.removeprefix("KEY_"), "black" if down[k] else "#8b949e")
-    draw.text((4, H + 6 + 22 * len(rows)), note, "white")
-    return np.asarray(canvas)
 
 
 def write_video(path: Path, network, recording: Recording, thresholds, keys: list[str], args: Args, device):
@@ -626,7 +736,7 @@ def write_video(path: Path, network, recording: Recording, thresholds, keys: lis
     changes = np.r_[0, (np.diff(recording.keys.astype(int), axis=0) != 0).any(1)] * recording.usable
     start = int(np.convolve(changes, np.ones(length), "valid").argmax())
     stop = start + length
-    probability, value = predict(network, recording, start, stop, args, device)
+    probability, value, _ = predict(network, recording, start, stop, args, device)
     reader, video = VideoReader(recording.video), None
     for frame_numbers, pictures in iter_frames(reader, start, stop):
         for i, picture in zip(frame_numbers, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -650,11 +760,15 @@ def main(args: Args) -> dict:
     checkpoint = None
     try:
         if args.resume:
-            args = runs.resume_args(args, may_change=("epochs", "max_updates", "workers", "device"))
+            args = runs.resume_args(args, may_change=("epochs", "max_updates", "workers", "device", "overwrite"))
             checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
         device = runs.pick_device(args.device)
+        if args.checkpoint_dir:
+            runs.check_checkpoint_dir(args, EPOCH_FILE.format("*"), __file__)
         if args.pretrained and args.backbone != "resnet18":
             raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
+        if args.bootstrap < 1:
+            raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
         folders = find_sessions(args.data_dir)
         train_folders, heldout_folders = split_sessions(folders, args.heldout)
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
@@ -676,21 +790,23 @@ def main(args: Args) -> dict:
     total_updates = args.max_updates or args.epochs * updates_per_epoch
     labels = {  # rows of all training recordings laid end to end
         name: torch.tensor(np.concatenate([getattr(recording, name) for recording in recordings]), dtype=torch.float32)
-        for name in ("keys", "returns", "finished", "mouse", "mouse_known")
+        for name in ("keys", "keys_now", "returns", "finished", "mouse", "mouse_known")
     }
     down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
     pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
     labels = {name: label.to(device) for name, label in labels.items()}
 
     # run folder
+    bf16 = use_bf16(args.precision, device)
     if checkpoint:
         run_dir = Path(args.resume)
     else:
         run_dir = runs.make_run_dir(args, __file__, Path(args.data_dir).resolve().name)
-        bf16 = use_bf16(args.precision, device)
         runs.write_provenance(run_dir, data_files, device=str(device), video_backend=video_backend(), bf16=bf16)
         split = {"train": [r.name for r in recordings], "heldout": [r.name for r in heldout], "keys": keys}
         runs.write_json(run_dir / "split.json", split | {"validation_blocks": validation})
+    if args.checkpoint_dir:
+        runs.open_checkpoint_dir(args, EPOCH_FILE.format("*"), __file__, run_dir)
     start_update = checkpoint["update"] if checkpoint else 0
     if args.track:
         import wandb
@@ -704,12 +820,13 @@ def main(args: Args) -> dict:
 
     # network and optimiser
     runs.seed_everything(args.seed, args.torch_deterministic)
-    network = ReflexNet(len(keys), args.backbone)
+    sizes = {"n_keys": len(keys), "backbone": args.backbone, "inverse_dynamics": args.inv_dyn_weight != 0}
+    network = ReflexNet(**sizes)
     if args.pretrained:
         network.backbone.load_pretrained(args.pretrained)
     network = network.to(device, memory_format=torch.channels_last)
-    model = torch.compile(network) if args.compile_model else network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    features_of = torch.compile(network.features) if args.compile_model else network.features
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     pos_weight, running = pos_weight.to(device), torch.zeros(3, device=device)
     best_ap = -1.0
     if checkpoint:
@@ -719,9 +836,9 @@ def main(args: Args) -> dict:
         runs.set_rng_state(checkpoint["rng"])
         torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
 
-    def save(name: str, update: int):
+    def save(path: Path, update: int):
         runs.save_checkpoint(
-            run_dir / name,
+            path,
             {
                 "model": network.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -730,7 +847,9 @@ def main(args: Args) -> dict:
                 "rng": runs.rng_state(),
                 "threads": torch.get_num_threads(),
                 "update": update,
-                "network": {"n_keys": len(keys), "backbone": args.backbone},  # ReflexNet(**network)
+                "network": sizes,  # ReflexNet(**network), of the script beside this file or in the run folder
+                "script": Path(__file__).name,
+                "run_dir": str(run_dir.resolve()),
                 "keys": keys,
                 "thresholds": thresholds.tolist(),
                 "image_size": args.image_size,
@@ -758,8 +877,11 @@ def main(args: Args) -> dict:
                     stacks = random_shift(stacks, args.random_shift)
 
                 # forward and loss
-                with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
-                    logits, mouse_xy, value = model(stacks)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    features = features_of(stacks)  # (B, 512)
+                    logits, mouse_xy, value = network.heads(features)
+                    if args.inv_dyn_weight:
+                        inverse = network.inverse_dynamics(features[:-1], features[1:])  # (B - 1, K)
                 logits, mouse_xy, value = logits.float(), mouse_xy.float(), value.float()
                 advantage = (returns - value).detach()  # (B,)
                 running = update_running(running, advantage, finished)
@@ -773,6 +895,10 @@ def main(args: Args) -> dict:
                 value_loss = expectile_loss(returns, value, args.iql_expectile, finished)
                 pointer_loss = mouse_loss(mouse_xy, labels["mouse"][rows], labels["mouse_known"][rows])
                 loss = policy_loss + args.value_coef * value_loss + args.mouse_coef * pointer_loss
+                if args.inv_dyn_weight:
+                    followed = (rows[1:] == rows[:-1] + 1).float()  # (B - 1,) the next row is the next frame
+                    inverse_loss = inverse_dynamics_loss(inverse.float(), labels["keys_now"][rows[:-1]], followed)
+                    loss = loss + args.inv_dyn_weight * inverse_loss
 
                 # step
                 lr = args.lr * (1 - update / total_updates) if args.anneal_lr else args.lr
@@ -802,6 +928,8 @@ def main(args: Args) -> dict:
                         "time/data_wait_frac": waited / elapsed,
                         "time/step_ms": 1000 * (elapsed - waited) / (update - start_update),
                     }
+                    if args.inv_dyn_weight:
+                        scalars["train/inv_dyn_loss"] = inverse_loss.item()
                     for name, scalar in scalars.items():
                         writer.add_scalar(name, scalar, update)
                     progress.set_postfix(loss=f"{scalars['train/loss']:.3f}", epoch=f"{scalars['charts/epoch']:.2f}")
@@ -810,15 +938,17 @@ def main(args: Args) -> dict:
                 if update % updates_per_epoch == 0 or update == total_updates:
                     if val_parts:
                         metrics, details = evaluate(network, val_parts, None, args, device)
-                        thresholds = details["thresholds"]
+                        thresholds = details["per_key"]["threshold"]
                         for name, metric in metrics.items():
                             writer.add_scalar(name, metric, update)
                     if not val_parts or not metrics["eval/key_ap"] <= best_ap:  # also where it is NaN
                         best_ap = metrics["eval/key_ap"] if val_parts else best_ap
-                        save("best.pt", update)
-                    save("last.pt", update)
+                        save(run_dir / "best.pt", update)
+                    if args.checkpoint_dir and update % updates_per_epoch == 0:
+                        save(Path(args.checkpoint_dir) / EPOCH_FILE.format(update // updates_per_epoch - 1), update)
+                    save(run_dir / "last.pt", update)
                 elif update % args.save_every == 0 or stop_signal:
-                    save("last.pt", update)
+                    save(run_dir / "last.pt", update)
                 if stop_signal or update == total_updates:
                     break
                 wait_from = time.time()
@@ -834,9 +964,17 @@ def main(args: Args) -> dict:
     thresholds = np.array(best["thresholds"])
     parts = [(recording, 0, len(recording.usable)) for recording in heldout]
     metrics, details = evaluate(network, parts, thresholds, args, device, args.bootstrap)
-    arrays = {name: array.tolist() for name, array in details.items() if name not in ("value", "returns")}
     held_names = [recording.name for recording in heldout]
-    runs.write_json(run_dir / "eval.json", {"sessions": held_names, "keys": keys, "metrics": metrics} | arrays)
+    per_key = {key: {name: float(c[k]) for name, c in details["per_key"].items()} for k, key in enumerate(keys)}
+    intervals = {name: interval.tolist() for name, interval in details["intervals_95"].items()}
+    evaluation = {"sessions": held_names, "keys": keys, "metrics": metrics, "per_key": per_key}
+    runs.write_json(run_dir / "eval.json", evaluation | {"intervals_95": intervals})
+    settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
+    final = {name.replace("eval/", "heldout/"): metric for name, metric in metrics.items()}
+    for summary in hparams(settings, final):  # add_hparams would do the same in a run of its own
+        writer.file_writer.add_summary(summary)
+    for name, metric in final.items():
+        writer.add_scalar(name, metric, update)
     plot_evaluation(run_dir / "eval.png", metrics, details, keys)
     if args.video_seconds:
         write_video(run_dir / "eval.mp4", network, heldout[0], thresholds, keys, args, device)

@@ -1,7 +1,8 @@
-"""Label recorded sessions: where the player died or won, which frames belong to an attempt, what followed each frame.
+"""Label recorded sessions: deaths, squished enemies and wins, which frames are one attempt, what followed each frame.
 
-Deaths are found by matching the game's death sprites with every frame (masked zero-mean NCC at half size), wins by the
-marker key that the player pressed. An episode ends at a death or a win; its frames get discounted returns.
+Deaths and squished enemies are found by matching the game's sprites with every frame (masked zero-mean NCC at half
+size, confirmed at full size), wins by the marker key that the player pressed. An episode ends at a death or a win; its
+frames get discounted returns.
 
     python precompute_labels.py --data-dir sample_dataset
 
@@ -11,8 +12,10 @@ recordings have. Page: docs/precompute_labels.md
 """
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from common import runs
 from common.returns import discounted_returns, gamma_from_half_life
 from common.sessions import (
     EPISODES,
@@ -34,14 +38,21 @@ from common.sessions import (
     read_table,
     write_table,
 )
-from common.template_matching import Bank, load_sprites, match
+from common.template_matching import Bank, load_sprites, make_bank, score_maps
 from common.video import VideoReader, grey, iter_frames, resize
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
-DEATH_SPRITES = "creatures/tux/small/gameover-*.png"  # the only death pictures, big Tux dies with them too
+SPRITES = {
+    "DEATH": ["creatures/tux/small/gameover-0.png", "creatures/tux/small/gameover-1.png"],  # big Tux dies with them too
+    "ATTACK": ["creatures/snowball/squished-left.png", "creatures/snowball/mrs-squished-left.png"],
+}
+TRUE_NAMES = {"DEATH": "death", "ATTACK": "squish", "WIN": "win"}  # what truth.parquet calls them
+TOLERANCE_S = {"DEATH": 0.5, "ATTACK": 0.3, "WIN": 0.5}  # an event this close to a true one has found it
 SCALE = 0.5  # of the frames that are searched whole
-NEAR = 0.1  # below the threshold: from there full size decides; clouds score 0.83 halved and 0.79 whole
-TOLERANCE_S = 0.5  # an event this close to a true one has found it
+NEAR = {"DEATH": 0.1, "ATTACK": 0.2}  # below the threshold: from there at half size, full size decides
+PLACES = 16  # in a frame that full size looks at, at most
+SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
+CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
 
 
 @dataclass
@@ -49,7 +60,7 @@ class Args:
     data_dir: Path = Path("dataset")
     """folder of sessions (run_*), or one session"""
     sprites: Path | None = None
-    """folder that holds creatures/tux/small/gameover-*.png; None: the installed SuperTux's, else <data_dir>/sprites"""
+    """folder that holds creatures/; None: the installed SuperTux's images, else <data_dir>/sprites"""
     device: str = "auto"
     """where sprites are matched: auto, cpu or cuda[:n]"""
     overwrite: bool = False
@@ -57,10 +68,18 @@ class Args:
     truth: bool = False
     """compare with truth.parquet and print precision, recall and time offsets"""
 
+    detect_events: bool = True
+    """search the video for sprites; without, only wins are found"""
     sprite_threshold: float = 0.85
-    """score, 0 to 1, from which a frame shows the death sprite"""
+    """score, 0 to 1, from which a place shows a sprite"""
+    death_threshold: float | None = None
+    """that score for the sprites of deaths; None: sprite_threshold"""
+    attack_threshold: float | None = None
+    """that score for the sprites of squished enemies; None: sprite_threshold"""
+    template_thresholds: tuple[str, ...] = ()
+    """that score for single sprites, NAME=SCORE each, such as squished-left=0.9; beats the three above"""
     event_stride: int = 1
-    """look at every n-th frame; the sprite shows for 1.5 s"""
+    """look at every n-th frame, 1 or more; a death shows for 1.5 s, a squished enemy for 2 s"""
     death_min_gap_s: float = 2.5
     """seconds within which a second sighting is the same death; SuperTux needs 3 s to restart"""
     win_key: str = WIN_KEY
@@ -78,6 +97,8 @@ class Args:
     """reward on the frame of a death"""
     win_reward: float = 1.0
     """reward on the frame of a win"""
+    attack_reward: float = 0.1
+    """reward for a squished enemy, to the frames before it"""
     survival_bonus: float = 0.0
     """reward on every other frame of an episode"""
     gamma: float = 0.99
@@ -86,56 +107,174 @@ class Args:
     """seconds after which a reward counts one half; takes the place of gamma. None: gamma as given"""
 
 
-# --- ALGO LOGIC: scores and key presses -> events -> episodes -> rewards. N frames of a session ---
+# --- ALGO LOGIC: sightings of sprites and key presses -> events -> episodes -> rewards. N frames of a session ---
 
 
-def full_size_score(frame: torch.Tensor, y: int, x: int, bank: Bank, margin: int = 6) -> torch.Tensor:
-    """Best score of any sprite of `bank` in `frame` (3, H, W) uint8 within `margin` pixels of its corner at y, x."""
-    H, W = frame.shape[1:]
-    h, w = (max(t.shape[i] for t in bank.templates) + 2 * margin for i in (0, 1))
-    top, left = max(0, min(y - margin, H - h)), max(0, min(x - margin, W - w))
-    return match(grey(frame[None, :, top : top + h, left : left + w]), bank)[0].max()
+@dataclass
+class Sprites:
+    """The T sprites of one event, ready to match."""
+
+    event: str
+    halved: Bank
+    full: Bank
+    thresholds: np.ndarray  # (T,) scores
+    near: float  # score at half size from which full size decides
 
 
-def death_scores(
-    reader: VideoReader, banks: tuple[Bank, Bank], near: float, n_frames: int, stride: int, device: str, bar: tqdm
-) -> np.ndarray:
-    """Best score of any death sprite in frames 0, stride, 2 stride, ...: (ceil(n_frames / stride),) float32.
+@dataclass
+class Sighting:
+    """A sprite seen in a frame, its top left corner in pixels."""
 
-    `banks`: the sprites at SCALE and at full size. Frames that score `near` or more at SCALE get the full size score.
+    frame: int
+    event: str
+    sprite: int  # which of the event's T
+    score: float
+    y: float
+    x: float
+
+
+def halve(bank: Bank) -> Bank:
+    """`bank` at half size, of the pixels that are opaque in all of a square of four.
+
+    A small sprite is mostly rim: with pixels that are half background, snow scores nearly as high as a squished enemy.
     """
-    small, full = banks
-    scores, threads = [], torch.get_num_threads()
+
+    def pool(picture: torch.Tensor) -> np.ndarray:
+        return torch.nn.functional.avg_pool2d(picture[None], 2)[0].numpy()
+
+    greys = [1e4 * pool(template) for template in bank.templates]  # any contrast does
+    return make_bank(bank.names, greys, [pool(bank.masks[m]) == 1 for m in bank.mask_of])
+
+
+def distinct(hits: list[tuple], height: float, width: float) -> list[tuple]:
+    """Of `hits` (score, sprite, y, x) that are closer than `height` and `width`, the best; best first."""
+    kept: list[tuple] = []
+    for hit in sorted(hits, reverse=True):
+        if all(abs(hit[2] - k[2]) >= height or abs(hit[3] - k[3]) >= width for k in kept):
+            kept.append(hit)
+    return kept
+
+
+def find_sprites(frame: torch.Tensor, halved: torch.Tensor, sprites: Sprites) -> list[tuple]:
+    """Where `frame` (3, H, W) uint8 shows one of `sprites`: (score, sprite, y, x) at full size.
+
+    `halved` (1, SCALE H, SCALE W) float32 grey is searched whole; full size looks around the places found.
+    """
+    h, w = (max(t.shape[i] for t in sprites.full.templates) for i in (0, 1))
+    places = []
+    for t, scores in enumerate(score_maps(halved, sprites.halved)):
+        found = torch.nonzero(scores[0] >= sprites.near)  # (n, 2)
+        values = scores[0][found[:, 0], found[:, 1]]
+        places += [(v, t, y / SCALE, x / SCALE) for v, (y, x) in zip(values.tolist(), found.tolist(), strict=True)]
+    places = distinct(places, h / 4, w / 4)[:PLACES]
+    if not places:
+        return []
+    margin = 4
+    H, W = min(frame.shape[1], h + 2 * margin), min(frame.shape[2], w + 2 * margin)
+    corners = [
+        (max(0, min(int(y) - margin, frame.shape[1] - H)), max(0, min(int(x) - margin, frame.shape[2] - W)))
+        for _, _, y, x in places
+    ]
+    crops = grey(torch.stack([frame[:, top : top + H, left : left + W] for top, left in corners]))  # (n, H, W)
+    hits = []
+    for t, scores in enumerate(score_maps(crops, sprites.full)):
+        best, place = scores.flatten(1).max(dim=1)  # (n,)
+        for score, at, (top, left) in zip(best.tolist(), place.tolist(), corners, strict=True):
+            if score >= sprites.thresholds[t]:
+                hits.append((score, t, top + at // scores.shape[2], left + at % scores.shape[2]))
+    return distinct(hits, h / 2, w / 2)
+
+
+def find_sightings(
+    reader: VideoReader, banks: list[Sprites], n_frames: int, stride: int, device: str, bar: tqdm
+) -> list[Sighting]:
+    """All sprites in frames 0, stride, 2 stride, ... below `n_frames`, in the order of the frames."""
+    sightings, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
         for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
             frames = frames.to(device)
-            halved = resize(frames, round(reader.height * SCALE), round(reader.width * SCALE))
-            score, y, x = match(grey(halved), small)  # (n, T) each
-            best, t = score.max(dim=1)  # (n,)
-            for i in torch.nonzero(best >= near).flatten().tolist():
-                best[i] = full_size_score(frames[i], int(y[i, t[i]] / SCALE), int(x[i, t[i]] / SCALE), full)
-            scores.append(best.cpu())
+            halved = grey(resize(frames, round(reader.height * SCALE), round(reader.width * SCALE)))
+            for j, i in enumerate(indices):
+                for sprites in banks:
+                    for hit in find_sprites(frames[j], halved[j : j + 1], sprites):
+                        sightings.append(Sighting(i, sprites.event, hit[1], hit[0], hit[2], hit[3]))
             bar.update(min(len(indices) * stride, n_frames - bar.n))
     finally:
         torch.set_num_threads(threads)
-    return torch.cat(scores).numpy()
+    return sightings
 
 
-def death_events(scores: np.ndarray, times: np.ndarray, threshold: float, min_gap_s: float) -> list[tuple[int, float]]:
-    """Deaths as (row, confidence): the row where `scores` (N,) reaches `threshold`, and the peak of that sighting.
+def death_events(
+    sightings: list[Sighting], times: np.ndarray, min_gap_s: float, stride: int = 1
+) -> list[tuple[int, float]]:
+    """Deaths as (frame first seen, peak score). Frame `times` (N,) in ms.
 
-    `times` (N,) in ms. Scores that come within `min_gap_s` of the crossing belong to the same death.
+    What is seen within `min_gap_s` of that frame, or goes on from one looked at frame to the next, is the same death.
     """
     events: list[tuple[int, float]] = []
-    above = scores >= threshold
-    for row in np.flatnonzero(above):
-        same = events and (times[row] - times[events[-1][0]] < min_gap_s * 1000 or above[row - 1])
-        if same:
-            events[-1] = (events[-1][0], max(events[-1][1], float(scores[row])))
+    last = -1
+    for s in sightings:
+        first, peak = events[-1] if events else (-1, 0.0)
+        if events and (times[s.frame] - times[first] < min_gap_s * 1000 or s.frame - last <= stride):
+            events[-1] = (first, max(peak, s.score))
         else:
-            events.append((int(row), float(scores[row])))
+            events.append((s.frame, s.score))
+        last = s.frame
     return events
+
+
+@dataclass
+class Track:
+    """One squished enemy. It lies still, so on the screen it moves as all others do: against the camera."""
+
+    first: int  # ms
+    last: int  # ms, last seen
+    frame: int  # first seen
+    sprite: int
+    peak: float
+    y: float  # where it is on the screen, seen or hidden
+    x: float
+
+
+def attack_events(sightings: list[Sighting], times: np.ndarray) -> list[tuple[int, float]]:
+    """Squished enemies as (frame first seen, peak score), one per enemy. Frame `times` (N,) in ms.
+
+    In each frame the camera's step is the one that most tracks agree on, and of these the nearest to the last step.
+    A sighting where no track is now begins a track. A sprite seen for longer than SQUISHED_S is two enemies on one
+    place, the second SQUISHED_S before the end.
+    """
+    tracks: list[Track] = []
+    stays = SQUISHED_S * 1000 + 200
+    velocity, before = np.zeros(2), int(times[0])  # of the tracks on the screen, pixels per second; ms
+    for frame, group in groupby(sightings, key=lambda s: s.frame):
+        seen, now = list(group), int(times[frame])
+        alive = [k for k in tracks if now - k.first <= stays or now - k.last <= 300]
+        seconds = max(0.001, (now - before) / 1000)
+        expected = velocity * seconds
+        pairs = np.array([(s.y - k.y, s.x - k.x) for k in alive for s in seen if s.sprite == k.sprite]).reshape(-1, 2)
+        possible = pairs[np.abs(pairs - expected).max(axis=1) <= CAMERA_SPEED * seconds]  # (p, 2)
+        step = expected
+        if len(possible):
+            votes = (np.abs(possible[:, None] - possible).max(axis=2) <= 6).sum(axis=1)
+            step = possible[np.lexsort((np.abs(possible - expected).sum(axis=1), -votes))[0]]
+        for k in alive:
+            k.y, k.x = k.y + step[0], k.x + step[1]
+        for s in seen:
+            here = [k for k in alive if k.sprite == s.sprite and max(abs(k.y - s.y), abs(k.x - s.x)) <= 6]
+            if here:
+                track = here[0]
+                alive.remove(track)
+                track.last, track.peak, track.y, track.x = now, max(track.peak, s.score), s.y, s.x
+            else:
+                tracks.append(Track(now, now, frame, s.sprite, s.score, s.y, s.x))
+        velocity, before = step / seconds if len(possible) else np.zeros(2), now
+    events = []
+    for k in tracks:
+        events.append((k.frame, k.peak))
+        if k.last - k.first > stays:
+            events.append((int(np.searchsorted(times, k.last - SQUISHED_S * 1000)), k.peak))
+    return sorted(events)
 
 
 def win_events(
@@ -177,50 +316,104 @@ def find_episodes(
     return episodes
 
 
-def episode_rewards(episode: dict, survival_bonus: float) -> np.ndarray:
-    """Reward of each of the episode's frames (length,): survival on all but the last, the outcome on the last."""
+def episode_rewards(
+    episode: dict, attacks: list[int], survival_bonus: float, attack_reward: float, gamma: float
+) -> np.ndarray:
+    """Reward of each of the episode's frames (length,): survival on all but the last, the outcome on the last.
+
+    Of a squished enemy the frame before `attacks` gets gamma * attack_reward, as it counts strictly before its frame;
+    with discounted_returns this is the closed form in common/returns.py.
+    """
     rewards = np.full(episode["length"], survival_bonus)
     rewards[-1] = episode["reward"]
+    for frame in attacks:
+        if episode["start_frame"] < frame <= episode["end_frame"]:
+            rewards[frame - episode["start_frame"] - 1] += gamma * attack_reward
     return rewards
 
 
-# --- Label files ---
+# --- Sprites and label files ---
 
 
-def find_sprites(sprites: Path | None, data_dir: Path) -> list[Path]:
-    """The death sprites, from the first folder that has them. Raises FileNotFoundError naming where it looked."""
-    folders = [INSTALLED_SPRITES, data_dir / "sprites"] if sprites is None else [sprites]
-    for folder in folders:
-        if paths := sorted(folder.glob(DEATH_SPRITES)):
-            return paths
-    raise FileNotFoundError(
-        f"no death sprites: {' and '.join(str(f / DEATH_SPRITES) for f in folders)} do not exist. Install the game "
-        "(apt-get install supertux-data), or name its folder of images: --sprites FOLDER"
-    )
+def load_banks(args: Args) -> list[Sprites]:
+    """The sprites of every event, from the first folder that has them all, with their thresholds.
+
+    Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
+    """
+    folders = [INSTALLED_SPRITES, args.data_dir / "sprites"] if args.sprites is None else [args.sprites]
+    missing = {f: [p for paths in SPRITES.values() for p in paths if not (f / p).exists()] for f in folders}
+    folder = next((f for f in folders if not missing[f]), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no sprites: {' and '.join(str(f / paths[0]) for f, paths in missing.items())} do not exist. Install the "
+            "game (apt-get install supertux-data), or name its folder of images: --sprites FOLDER"
+        )
+    names, single = [Path(p).stem for paths in SPRITES.values() for p in paths], {}
+    for word in args.template_thresholds:
+        name, _, score = word.partition("=")
+        if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
+            raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
+        single[name] = float(score)
+    banks = []
+    for event, threshold in (("DEATH", args.death_threshold), ("ATTACK", args.attack_threshold)):
+        paths = [folder / path for path in SPRITES[event]]
+        full = load_sprites(paths, 1, mirror=event == "ATTACK")
+        halved = halve(full) if event == "ATTACK" else load_sprites(paths, SCALE)
+        default = args.sprite_threshold if threshold is None else threshold
+        names = [Path(name.removesuffix(" mirrored")).stem for name in full.names]
+        thresholds = np.array([single.get(name, default) for name in names])
+        if not ((thresholds > 0) & (thresholds <= 1)).all():
+            raise ValueError(f"the thresholds of {event} are {thresholds.tolist()}, expected scores above 0, at most 1")
+        banks.append(Sprites(event, halved, full, thresholds, thresholds.min() - NEAR[event]))
+    return banks
 
 
 def write_labels(folder: Path, events: dict, episodes: dict, returns: dict, metadata: dict):
-    """Write the three tables, all or none: returns.parquet goes first and comes last."""
+    """Write the three tables, all or none: they replace the old ones when the last of them is complete."""
     temporary = folder / ".labels.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    tables = {"events": (events, EVENTS), "episodes": (episodes, EPISODES), "returns": (returns, RETURNS)}
-    for name, (rows, schema) in tables.items():
-        write_table(temporary / f"{name}.parquet", rows, schema, metadata)
-    (folder / "returns.parquet").unlink(missing_ok=True)
-    for name in tables:
-        os.replace(temporary / f"{name}.parquet", folder / f"{name}.parquet")
-    temporary.rmdir()
+    write_table(temporary / "events.parquet", events, EVENTS, metadata)
+    write_table(temporary / "episodes.parquet", episodes, EPISODES, metadata)
+    write_table(temporary / "returns.parquet", returns, RETURNS, metadata)
+    install_labels(folder)
+
+
+def install_labels(folder: Path):
+    """Put complete new labels in place, also those of a run that was killed while it did so; remove incomplete ones.
+
+    While it is done there is no returns.parquet, that is, the session has no labels.
+    """
+    temporary = folder / ".labels.tmp"
+    if (temporary / "returns.parquet").exists():
+        (folder / "returns.parquet").unlink(missing_ok=True)
+        for name in ("events.parquet", "episodes.parquet", "returns.parquet"):
+            if (temporary / name).exists():
+                os.replace(temporary / name, folder / name)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str]:
     """What the labels were made from and with. `recording_*` tell whether they still belong to the recording."""
     gamma = args.gamma if args.half_life_s is None else gamma_from_half_life(args.half_life_s, session.fps)
-    names = "sprite_threshold event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s "
-    names += "win_key_cooldown_s respawn_gap_s death_reward win_reward survival_bonus"
+    names = "detect_events sprite_threshold death_threshold attack_threshold template_thresholds event_stride "
+    names += "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s respawn_gap_s "
+    names += "death_reward win_reward attack_reward survival_bonus"
     settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
     recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}
     return {k: str(v) for k, v in (settings | recording).items()}
+
+
+def size_warning(session: Session, width: int, height: int) -> str:
+    """What to know about a recording in whose size sprites are not drawn pixel by pixel; empty for all others."""
+    if 640 <= width <= 1368 and 480 <= height <= 800:
+        return ""
+    drawn = "smaller" if width < 640 or height < 480 else "larger"
+    return (
+        f"{session.name}: recorded at {width}x{height}. SuperTux draws its sprites {drawn} in windows that are not "
+        "between 640x480 and 1368x800, and a picture scaled afterwards shows them so, too: deaths and squished enemies "
+        "will be missed. Record a window of 640x480 to 1368x800 at its own size."
+    )
 
 
 def check_labels(folder: Path, metadata: dict[str, str]) -> None:
@@ -233,18 +426,23 @@ def check_labels(folder: Path, metadata: dict[str, str]) -> None:
                 f"{folder}/returns.parquet was made for a recording with {key} {old[key]}, recording.mp4 has "
                 f"{metadata[key]}. Label it again with --overwrite"
             )
-    changed = [f"{key} {old.get(key)}, not {value}" for key, value in metadata.items() if old.get(key) != value]
+    changed = [
+        f"{key} {old.get(key, 'not known')}, not {value}" for key, value in metadata.items() if old.get(key) != value
+    ]
     note = f" (made with {'; '.join(changed)})" if changed else ""
     print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")
 
 
-def label_session(args: Args, session: Session, reader: VideoReader, banks: tuple, device: str, metadata: dict) -> None:
+def label_session(
+    args: Args, session: Session, reader: VideoReader, banks: list[Sprites], device: str, metadata: dict
+) -> None:
     """Find events, episodes and returns of one session and write them."""
     n = int(metadata["recording_frames"])
     times = session.timestamps[:n]  # (n,) ms
     with tqdm(total=n, desc=session.name, unit="frame") as bar:
-        scores = death_scores(reader, banks, args.sprite_threshold - NEAR, n, args.event_stride, device, bar)
-    deaths = death_events(scores, times[:: args.event_stride], args.sprite_threshold, args.death_min_gap_s)
+        sightings = find_sightings(reader, banks, n, args.event_stride, device, bar) if args.detect_events else []
+    deaths = death_events([s for s in sightings if s.event == "DEATH"], times, args.death_min_gap_s, args.event_stride)
+    attacks = attack_events([s for s in sightings if s.event == "ATTACK"], times)
     presses = [
         row["timestamp"]
         for row in session.inputs.to_pylist()
@@ -253,18 +451,19 @@ def label_session(args: Args, session: Session, reader: VideoReader, banks: tupl
     wins = win_events(
         np.array(presses), times, args.win_key_min_presses, args.win_key_window_s, args.win_key_cooldown_s
     )
-    events = [(row * args.event_stride, "DEATH", peak) for row, peak in deaths] + [(f, "WIN", 1.0) for f in wins]
-    events.sort()
+    events = [(frame, "DEATH", peak) for frame, peak in deaths] + [(frame, "WIN", 1.0) for frame in wins]
+    events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
     outcomes = {"DEATH": args.death_reward, "WIN": args.win_reward}
     episodes = find_episodes([(frame, name) for frame, name, _ in events], times, outcomes, args.respawn_gap_s)
-    rewards = [episode_rewards(episode, args.survival_bonus) for episode in episodes]
+    gamma, hits = float(metadata["gamma"]), [frame for frame, _ in attacks]
+    rewards = [episode_rewards(e, hits, args.survival_bonus, args.attack_reward, gamma) for e in episodes]
     write_labels(
         session.folder,
         {name: [event[column] for event in events] for column, name in enumerate(EVENTS.names)},
         {name: [episode[name] for episode in episodes] for name in EPISODES.names},
         {
             "frame_idx": np.concatenate([np.arange(e["start_frame"], e["end_frame"] + 1) for e in episodes]),
-            "return": np.concatenate([discounted_returns(r, float(metadata["gamma"])) for r in rewards]),
+            "return": np.concatenate([discounted_returns(r, gamma) for r in rewards]),
             "reward": np.concatenate(rewards),
         },
         metadata,
@@ -285,20 +484,28 @@ def compare_with_truth(found: np.ndarray, true: np.ndarray, tolerance_s: float) 
     return {"truth": len(true), "found": len(found), "hits": len(offsets), "offsets_ms": offsets}
 
 
-def truth_line(name: str, event: str, result: dict) -> str:
-    """One line of the comparison, for reading."""
-    hits, offsets = result["hits"], np.abs(result["offsets_ms"])
-    line = f"{name}: {event} truth {result['truth']} found {result['found']}"
-    line += f" missed {result['truth'] - hits} false {result['found'] - hits}"
-    line += f" precision {hits / result['found']:.3f}" if result["found"] else " precision -"
-    line += f" recall {hits / result['truth']:.3f}" if result["truth"] else " recall -"
-    return line + (f" offset median {np.median(offsets):.0f} ms, max {offsets.max()} ms" if hits else "")
+def truth_table(totals: dict[tuple[str, str], dict]) -> str:
+    """The comparison as a markdown table; `totals` by event and size of the recordings, all sizes added up as well."""
+    lines = ["| event | recorded at | true | found | missed | false | precision | recall | offset: median, largest |"]
+    lines.append("|---" * 9 + "|")
+    for event in TRUE_NAMES:
+        sizes = [size for name, size in totals if name == event]
+        for size in [*sizes, "all"]:
+            parts = [totals[event, size]] if size != "all" else [totals[event, other] for other in sizes]
+            true, found, hits = (sum(part[key] for part in parts) for key in ("truth", "found", "hits"))
+            offsets = np.abs([offset for part in parts for offset in part["offsets_ms"]])
+            cells = [event, size, true, found, true - hits, found - hits]
+            cells += [f"{hits / found:.3f}" if found else "-", f"{hits / true:.3f}" if true else "-"]
+            cells += [f"{np.median(offsets):.0f} ms, {offsets.max()} ms" if hits else "-"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def main(args: Args) -> dict:
     """Label every session below `args.data_dir`; counts per session, and the comparison with the truth if asked for.
 
-    Sessions that cannot be read do not stop the others; they end the program with status 1 and a list.
+    Sessions that cannot be read do not stop the others; they end the program with status 1 and a list. Ctrl-C ends it
+    with status 130; each session has then its new labels, or what it had before. The last line tells what was done.
     """
     if args.event_stride < 1:
         raise SystemExit(f"--event-stride is {args.event_stride}, expected 1 or more")
@@ -309,13 +516,11 @@ def main(args: Args) -> dict:
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         folders = find_sessions(args.data_dir)
-        sprites = find_sprites(args.sprites, args.data_dir)
-        banks = load_sprites(sprites, SCALE), load_sprites(sprites, 1)
+        banks = load_banks(args) if args.detect_events else []
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
-    sessions, failures = {}, []
-    totals = {event: {"truth": 0, "found": 0, "hits": 0, "offsets_ms": []} for event in ("DEATH", "WIN")}
+    sessions, failures, totals, done, stopped = {}, [], {}, {"labelled": 0, "kept": 0}, False
     for folder in folders:
         try:
             # Read
@@ -323,41 +528,62 @@ def main(args: Args) -> dict:
             n = min(session.n_frames, reader.n_frames)
             if session.n_frames != reader.n_frames:
                 print(f"{folder}: {session.n_frames} rows, {reader.n_frames} video frames; the first {n} are labelled")
+            if warning := size_warning(session, reader.width, reader.height):
+                print(warning)
 
             # Label
             metadata = label_metadata(args, session, n)
+            install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
                 label_session(args, session, reader, banks, device, metadata)
+                done["labelled"] += 1
             else:
                 check_labels(folder, metadata)
+                done["kept"] += 1
             events = read_table(folder / "events.parquet", EVENTS).to_pylist()
-            found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in totals}
+            found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in TRUE_NAMES}
             outcomes = read_table(folder / "episodes.parquet", EPISODES)["outcome"].to_pylist()
             sessions[folder.name] = {"frames": n} | {name: len(frames) for name, frames in found.items()}
-            print(f"{folder.name}: {n} frames, {len(outcomes)} episodes ({', '.join(outcomes)})")
+            counts = ", ".join(f"{name} {len(frames)}" for name, frames in found.items())
+            print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
 
             # Compare
-            if args.truth:
+            if args.truth and not any((folder / f"truth.{kind}").exists() for kind in ("parquet", "jsonl")):
+                print(f"{folder.name}: no truth.parquet, not compared")
+            elif args.truth:
                 truth = read_table(folder / "truth.parquet", TRUTH).to_pylist()
-                times = session.timestamps[:n]
-                for event, total in totals.items():
-                    true = [row["timestamp"] for row in truth if row["what"] == event.lower()]
+                times, size = session.timestamps[:n], f"{reader.width}x{reader.height}"
+                for event, frames in found.items():
+                    true = [row["timestamp"] for row in truth if row["what"] == TRUE_NAMES[event]]
                     true = [time for time in true if times[0] <= time <= times[-1]]  # what was recorded
-                    result = compare_with_truth(times[found[event]], np.array(true), TOLERANCE_S)
-                    for key in total:
-                        total[key] = total[key] + result[key]
+                    result = compare_with_truth(times[frames], np.array(true), TOLERANCE_S[event])
                     sessions[folder.name][f"{event}_truth"] = result
-                    print(truth_line(folder.name, event, result))
+                    total = totals.setdefault((event, size), dict.fromkeys(result, 0) | {"offsets_ms": []})
+                    totals[event, size] = {key: total[key] + result[key] for key in total}
+                    if missed_or_false := result["truth"] + result["found"] - 2 * result["hits"]:
+                        print(f"{folder.name}: {event} disagrees with the truth {missed_or_false} times: {result}")
+        except KeyboardInterrupt:
+            stopped = True
+            break
         except (ValueError, OSError) as error:
             failures.append(f"{folder}: {error}")
 
-    if args.truth:
-        for event, total in totals.items():
-            print(truth_line("total", event, total))
+    if args.truth and totals:
+        print(truth_table(totals))
+    counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in TRUE_NAMES)
+    summary = (
+        f"{len(folders)} sessions: {done['labelled']} labelled, {done['kept']} kept, {len(failures)} failed; {counts}"
+    )
     if failures:
-        raise SystemExit(f"{len(failures)} of {len(folders)} sessions were not labelled:\n" + "\n".join(failures))
+        summary = f"{len(failures)} of {len(folders)} sessions failed:\n" + "\n".join([*failures, summary])
+    if stopped:
+        print(f"{summary}; stopped by Ctrl-C, the rest is as before")
+        raise SystemExit(130)
+    if failures:
+        raise SystemExit(summary)
+    print(summary)
     return {"sessions": sessions, "truth": totals if args.truth else None}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, args=runs.cli_words(Args, env_prefix="REFLEX_TRAIN_")))

@@ -1,9 +1,14 @@
-"""The desktop: grab pixels, press keys, hear keys. X11 only; its libraries are imported when an object is made.
+"""The desktop: grab pixels, find windows, press keys, hear keys. Libraries are imported when an object is made.
 
 Times are CLOCK_MONOTONIC nanoseconds. Keys carry evdev names (`KEY_RIGHT`); an X keycode is the evdev code plus 8.
+Windows are found and keys are sent on X11 only. `PynputListener` and `EvdevListener` are untested.
 """
 
+import contextlib
+import importlib
+import os
 import queue
+import sys
 import threading
 import time
 
@@ -11,29 +16,97 @@ import numpy as np
 
 from common.sessions import KEY_CODES
 
-NAMES = {code + 8: name for name, code in KEY_CODES.items()}  # X keycode -> evdev name
-INSTALL = "Install the live extra: pip install -e '.[live]'"
+NAMES = {code: name for name, code in KEY_CODES.items()}  # evdev code -> name
+# pynput's names of keys where they are not evdev's, and what a key of a US keyboard writes, with and without shift
+PYNPUT = "alt LEFTALT alt_l LEFTALT alt_r RIGHTALT alt_gr RIGHTALT ctrl LEFTCTRL ctrl_l LEFTCTRL ctrl_r RIGHTCTRL "
+PYNPUT += "shift LEFTSHIFT shift_l LEFTSHIFT shift_r RIGHTSHIFT caps_lock CAPSLOCK num_lock NUMLOCK page_up PAGEUP "
+PYNPUT += "page_down PAGEDOWN scroll_lock SCROLLLOCK print_screen SYSRQ - MINUS _ MINUS = EQUAL + EQUAL [ LEFTBRACE "
+PYNPUT += "{ LEFTBRACE ] RIGHTBRACE } RIGHTBRACE ; SEMICOLON : SEMICOLON ' APOSTROPHE \" APOSTROPHE ` GRAVE ~ GRAVE "
+PYNPUT += "\\ BACKSLASH | BACKSLASH , COMMA < COMMA . DOT > DOT / SLASH ? SLASH ! 1 @ 2 # 3 $ 4 % 5 ^ 6 & 7 * 8 ( 9 ) 0"
 
 
 class Screen:
-    """The newest picture of a display. `grab()` returns uint8 (height, width, 3) RGB and the time it was taken."""
+    """The newest picture of a part of a display. `region` is (left, top, width, height); None is the first monitor."""
 
-    def __init__(self, display: str, width: int, height: int, left: int = 0, top: int = 0):
+    def __init__(self, display: str | None = None, region: tuple[int, int, int, int] | None = None):
+        mss = _import("mss")
+        if display is None and os.environ.get("XDG_SESSION_TYPE") == "wayland":
+            raise ConnectionError(
+                "this is a Wayland session, whose screen cannot be grabbed. Log in to an X11 session, or play in an X "
+                "server with a window of its own: Xwayland :5 -geometry 1280x800, then record and play with "
+                "XDG_SESSION_TYPE=x11 DISPLAY=:5"
+            )
         try:
-            import mss
-        except ImportError as error:
-            raise ImportError(f"mss does not import ({error}). {INSTALL}") from None
-        self.mss = mss.MSS(display=display)
-        self.region = {"left": left, "top": top, "width": width, "height": height}
+            self.mss = mss.MSS(display=display) if sys.platform == "linux" else mss.MSS()
+            first = (self.mss.monitors[1:] or self.mss.monitors)[0]  # without RandR only the whole is known
+        except mss.ScreenShotError as error:
+            where = display or os.environ.get("DISPLAY", "")
+            raise ConnectionError(f"the screen of DISPLAY={where!r} cannot be grabbed: {error}") from None
+        self.region = region or (first["left"], first["top"], first["width"], first["height"])
+        self.errors = (mss.ScreenShotError, AssertionError)  # the latter where the X server went first
+        self.failure = ""
 
-    def grab(self) -> tuple[np.ndarray, int]:
-        shot = self.mss.grab(self.region)
+    def grab(self) -> tuple[np.ndarray | None, int]:
+        """uint8 (height, width, 3) RGB and the time it was taken. The picture is None, and `failure` tells why, where
+        there is none, as of a region that leaves the screen."""
+        try:
+            shot = self.mss.grab(dict(zip(("left", "top", "width", "height"), self.region, strict=True)))
+        except self.errors as error:
+            self.failure = str(error).partition("\n")[0]
+            return None, time.monotonic_ns()
         now = time.monotonic_ns()
         bgra = np.frombuffer(shot.bgra, np.uint8).reshape(shot.height, shot.width, 4)
         return np.ascontiguousarray(bgra[..., 2::-1]), now
 
     def close(self):
-        self.mss.close()
+        with contextlib.suppress(*self.errors):
+            self.mss.close()
+
+
+class Window:
+    """The window whose title holds `title`, whatever the case; of several the one with the shortest title, as that of a
+    terminal or a browser tab only quotes it. Raises ValueError with the titles found if there is none."""
+
+    def __init__(self, display: str | None, title: str):
+        self.display, self.X = _connect(display)
+        self.root, self.utf8 = self.display.screen().root, self.display.intern_atom("_NET_WM_NAME")
+        listed = self.root.get_full_property(self.display.intern_atom("_NET_CLIENT_LIST"), self.X.AnyPropertyType)
+        windows = [self.display.create_resource_object("window", number) for number in listed.value] if listed else []
+        windows = windows or self._below(self.root)  # without a window manager
+        titles = {self._title(window): window for window in windows if self._shown(window)}
+        found = sorted((name for name in titles if title.lower() in name.lower()), key=len)
+        if not found:
+            names = ", ".join(repr(name) for name in titles if name) or "none"
+            raise ValueError(f"no window has {title!r} in its title. The titles are: {names}")
+        self.title, self.window = found[0], titles[found[0]]
+
+    def _below(self, window) -> list:
+        children = getattr(_ask(window.query_tree), "children", [])
+        return [inner for child in children for inner in [child, *self._below(child)]]
+
+    def _title(self, window) -> str:
+        title = _ask(lambda: window.get_full_text_property(self.utf8)) or _ask(window.get_wm_name) or ""
+        return title if isinstance(title, str) else title.decode("latin-1")  # compound text comes as it is
+
+    def _shown(self, window) -> bool:
+        return getattr(_ask(window.get_attributes), "map_state", None) == self.X.IsViewable
+
+    def region(self) -> tuple[int, int, int, int] | None:
+        """(left, top, width, height) on the screen now; None when the window is closed."""
+        size, place = _ask(self.window.get_geometry), _ask(lambda: self.root.translate_coords(self.window, 0, 0))
+        return (place.x, place.y, size.width, size.height) if size and place else None
+
+    def shown(self) -> bool:
+        """It is not minimised. Another window may still lie above it."""
+        return self._shown(self.window)
+
+    def focused(self) -> bool:
+        """Keys go to this window or one inside it, or the server sends them to no window in particular."""
+        focus = _ask(self.display.get_input_focus)
+        window = focus.focus if focus else 0
+        while not isinstance(window, int) and window not in (self.root, self.window):
+            window = getattr(_ask(window.query_tree), "parent", 0)
+        return isinstance(window, int) or window != self.root or focus.focus == self.root
 
 
 class Keyboard:
@@ -72,23 +145,42 @@ class Keyboard:
 
     def close(self):
         """Release everything: a key held by a closed client stays held."""
-        from Xlib.error import ConnectionClosedError
-
-        try:
-            self.hold(set())
-            self.display.close()
-        except (ConnectionClosedError, BrokenPipeError):  # the X server went first
-            pass
+        _ask(lambda: self.hold(set()))
+        _ask(self.display.close)
 
 
-class KeyListener:
-    """Hears every key of a display through the RECORD extension, whichever window has the focus.
+class Listener:
+    """Hears every key, whichever window has the focus. A thread fills `heard` with (monotonic ns, name, pressed)."""
 
-    `events` is a queue of (monotonic ns, name, "down" | "up" | "repeat"). The time is the server's own, which is
-    CLOCK_MONOTONIC in ms: repeats can be delivered a second late but are stamped right. Close it before the X server.
-    """
+    def __init__(self):
+        self.heard: queue.Queue[tuple[int, str, bool]] = queue.Queue()
+        self.thread: threading.Thread  # ends when nothing can be heard any more
+        self.held: set[str] = set()  # as of the last `drain`; at first the keys that were held already
 
-    def __init__(self, display: str):
+    def drain(self) -> list[tuple[int, str, str]]:
+        """(monotonic ns, name, "down" | "up" | "repeat") of what was heard since the last call."""
+        events = []
+        while not self.heard.empty():
+            now, name, pressed = self.heard.get()
+            if pressed:
+                events.append((now, name, "repeat" if name in self.held else "down"))
+                self.held.add(name)
+            elif name in self.held:
+                events.append((now, name, "up"))
+                self.held.discard(name)
+        return events
+
+    def pointer(self) -> tuple[int, int] | None:
+        """(x, y) on the screen now; None where that cannot be known."""
+        return None
+
+
+class KeyListener(Listener):
+    """X11, by the RECORD extension. The time is the server's own, which is CLOCK_MONOTONIC in ms: repeats can be
+    delivered a second late but are stamped right. Close it before the X server."""
+
+    def __init__(self, display: str | None = None):
+        super().__init__()
         from Xlib.ext import record
 
         self.record = record
@@ -96,8 +188,6 @@ class KeyListener:
         self.data, _ = _connect(display)  # record_enable_context blocks its connection
         if not self.control.has_extension("RECORD"):
             raise ValueError(f"display {display} lacks the RECORD extension, keys cannot be heard. Use Xvfb or Xorg.")
-        self.events: queue.Queue[tuple[int, str, str]] = queue.Queue()
-        self.held: set[str] = set()
         nothing = (0, 0)
         ranges = dict.fromkeys(("core_requests", "core_replies", "delivered_events", "errors"), nothing)
         ranges |= {"ext_requests": (0, 0, 0, 0), "ext_replies": (0, 0, 0, 0), "client_started": False}
@@ -109,65 +199,132 @@ class KeyListener:
         self.thread.start()
         if not self.ready.wait(5):
             raise TimeoutError(f"display {display}: RECORD did not start within 5 s. Start the X server again.")
+        bits = self.control.query_keymap()  # 32 bytes, one bit per keycode
+        codes = [code for code in range(256) if bits[code // 8] >> code % 8 & 1]
+        self.held = {NAMES.get(code - 8, f"KEYCODE_{code}") for code in codes}
 
     def _listen(self):
-        from Xlib.error import ConnectionClosedError
+        _ask(lambda: self.data.record_enable_context(self.context, self._receive))
 
-        try:
-            self.data.record_enable_context(self.context, self._heard)
-        except (ConnectionClosedError, OSError):  # the X server went first
-            pass
-
-    def _heard(self, reply):
+    def _receive(self, reply):
         from Xlib.protocol import rq
 
         self.ready.set()  # the first reply only says that recording has started
         data = reply.data
         while reply.category == self.record.FromServer and len(data):
             event, data = rq.EventField(None).parse_binary_value(data, self.data.display, None, None)
-            name = NAMES.get(event.detail, f"KEYCODE_{event.detail}")
-            if event.type == self.X.KeyPress:
-                state = "repeat" if name in self.held else "down"  # X repeats a held key as further presses
-                self.held.add(name)
-            else:
-                state = "up"
-                self.held.discard(name)
+            name = NAMES.get(event.detail - 8, f"KEYCODE_{event.detail}")
             now_ms = time.monotonic_ns() // 1_000_000
             age_ms = (now_ms - event.time + 2**31) % 2**32 - 2**31  # the server counts in 32 bits
-            self.events.put(((now_ms - age_ms) * 1_000_000, name, state))
+            # X repeats a held key as further presses
+            self.heard.put(((now_ms - age_ms) * 1_000_000, name, event.type == self.X.KeyPress))
 
-    def drain(self) -> list[tuple[int, str, str]]:
-        """What was heard since the last call."""
-        heard = []
-        while not self.events.empty():
-            heard.append(self.events.get())
-        return heard
+    def pointer(self) -> tuple[int, int] | None:
+        place = _ask(self.control.screen().root.query_pointer)
+        return (place.root_x, place.root_y) if place else None
 
     def close(self):
-        from Xlib.error import ConnectionClosedError
+        _ask(lambda: self.control.record_disable_context(self.context))
+        _ask(self.control.sync)  # also flushes repeats that the server kept back
+        self.thread.join(2)
+        _ask(self.control.close)
+        _ask(self.data.close)
 
+
+class PynputListener(Listener):
+    """Windows and macOS. Untested. The time is that of arrival; keys held already are heard at their first repeat."""
+
+    def __init__(self):
+        super().__init__()
+        keyboard, mouse = _import("pynput.keyboard"), _import("pynput.mouse")
+        words = PYNPUT.split()
+        self.names = dict(zip(words[::2], words[1::2], strict=True))
+        self.mouse = mouse.Controller()
+        self.thread = keyboard.Listener(
+            on_press=lambda key: self._hear(key, True), on_release=lambda key: self._hear(key, False)
+        )
+        self.thread.start()
+        self.thread.wait()
+
+    def _hear(self, key, pressed: bool):
+        written = getattr(key, "name", None) or getattr(key, "char", None) or str(key)
+        code = getattr(key, "vk", None) or 0
+        if sys.platform == "win32" and chr(code) in "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ":  # Ctrl changes the char
+            written = chr(code)
+        self.heard.put((time.monotonic_ns(), "KEY_" + self.names.get(written, written.upper()), pressed))
+
+    def pointer(self) -> tuple[int, int] | None:
+        x, y = self.mouse.position
+        return int(x), int(y)
+
+    def close(self):
+        self.thread.stop()
+
+
+class EvdevListener(Listener):
+    """The Linux kernel's keyboards in /dev/input, with the kernel's time. Untested. It knows no pointer."""
+
+    def __init__(self):
+        super().__init__()
+        import fcntl
+        import selectors
+        import struct
+
+        evdev = _import("evdev", "wayland")
+        self.selector, self.key_event = selectors.DefaultSelector(), evdev.ecodes.EV_KEY
+        devices = [evdev.InputDevice(path) for path in evdev.list_devices()]
+        self.devices = [d for d in devices if KEY_CODES["KEY_SPACE"] in d.capabilities().get(self.key_event, [])]
+        if not self.devices:
+            raise PermissionError(
+                "no keyboard in /dev/input can be read. Join its group, then log in again: sudo usermod -aG input $USER"
+            )
+        for device in self.devices:
+            fcntl.ioctl(device.fd, 0x400445A0, struct.pack("i", time.CLOCK_MONOTONIC))  # EVIOCSCLOCKID
+            self.selector.register(device, selectors.EVENT_READ)
+            self.held |= {NAMES.get(code, f"KEYCODE_{code + 8}") for code in device.active_keys()}
+        self.thread = threading.Thread(target=self._listen, name="key-listener", daemon=True)
+        self.thread.start()
+
+    def _listen(self):
         try:
-            self.control.record_disable_context(self.context)
-            self.control.sync()  # also flushes repeats that the server kept back
-            self.thread.join(2)
-            self.control.record_free_context(self.context)
-            self.control.close()
-            self.data.close()
-        except (ConnectionClosedError, BrokenPipeError):
+            while True:
+                for ready, _ in self.selector.select():
+                    for event in ready.fileobj.read():
+                        if event.type == self.key_event:  # value 0 up, 1 down, 2 repeat
+                            ns = event.sec * 1_000_000_000 + event.usec * 1000
+                            self.heard.put((ns, NAMES.get(event.code, f"KEYCODE_{event.code + 8}"), event.value > 0))
+        except (OSError, ValueError):  # closed, or the keyboard was unplugged
             pass
 
+    def close(self):
+        for device in self.devices:
+            device.close()
 
-def _connect(display: str):
-    """A connection to an X server, and the constants of python-xlib."""
+
+def _import(name: str, extra: str = "live"):
     try:
-        from Xlib import X
-        from Xlib.display import Display
-        from Xlib.error import DisplayError
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"python-xlib does not import ({error}). {INSTALL}") from None
+        raise ImportError(f"{name} does not import ({error}). Install it: pip install -e '.[{extra}]'") from None
+
+
+def _ask(call):
+    """The X server's answer, or None where the window asked about, or the server itself, is gone."""
+    from Xlib.error import ConnectionClosedError, XError
+
+    try:
+        return call()
+    except (XError, ConnectionClosedError, OSError):
+        return None
+
+
+def _connect(display: str | None):
+    """A connection to an X server, and the constants of python-xlib."""
+    X, Display, error = _import("Xlib.X"), _import("Xlib.display").Display, _import("Xlib.error")
     try:
         return Display(display), X
-    except (DisplayError, OSError) as error:
+    except (error.DisplayError, OSError) as failure:
         raise ConnectionError(
-            f"no X server answers at {display!r} ({error}). Start one, for example: Xvfb :9 -screen 0 640x480x24"
+            f"no X server answers at {display or os.environ.get('DISPLAY', '')!r} ({failure}). Start one, for example: "
+            "Xvfb :9 -screen 0 640x480x24"
         ) from None

@@ -82,6 +82,37 @@ def resume_args(args, may_change: tuple[str, ...]):
     return type(args)(**saved | {"resume": args.resume})
 
 
+def check_checkpoint_dir(args, pattern: str, script: Path | str):
+    """Raise ValueError where `args.checkpoint_dir` holds files of a run other than `args.resume`: `config.json`, its
+    checkpoints, named like `pattern`, its script. With `args.overwrite` only the script's own folder is refused."""
+    folder, script = Path(args.checkpoint_dir), Path(script).resolve()
+    if folder.resolve() == script.parent or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"--checkpoint-dir {folder} is no folder of its own. Name another, such as checkpoints/my_run")
+    others = _files_of_another_run(folder, args.resume, pattern, script.name)
+    if others and not args.overwrite:
+        raise ValueError(
+            f"--checkpoint-dir {folder} holds {len(others)} files of another run, such as {others[0].name}. Name "
+            "another folder, or replace them with --overwrite"
+        )
+
+
+def open_checkpoint_dir(args, pattern: str, script: Path | str, run_dir: Path):
+    """Remove what `check_checkpoint_dir` looks for, then leave a copy of the script and `config.json` there."""
+    folder, script = Path(args.checkpoint_dir), Path(script).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _files_of_another_run(folder, args.resume, pattern, script.name):
+        path.unlink()
+    shutil.copy(script, folder / script.name)
+    write_json(folder / "config.json", dataclasses.asdict(args) | {"run_dir": str(run_dir.resolve())})
+
+
+def _files_of_another_run(folder: Path, run_dir: str | None, pattern: str, script: str) -> list[Path]:
+    config = folder / "config.json"
+    if run_dir and config.is_file() and f'"run_dir": {json.dumps(str(Path(run_dir).resolve()))}' in config.read_text():
+        return []
+    return sorted({path for name in ("config.json", pattern, script) for path in folder.glob(name)})
+
+
 def write_provenance(run_dir: Path, files: list[Path], **facts) -> dict:
     """`provenance.json`: commit, dirty or not, versions, device, fingerprint of the data, and `facts`."""
 

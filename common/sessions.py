@@ -2,11 +2,12 @@
 
 A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `events.parquet`,
 `episodes.parquet`, `returns.parquet`, and `truth.parquet` where the game could be asked. The older form holds the same
-fields as one JSON object a line (`frames.jsonl`, ...); every reader here takes both.
+fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
 """
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,9 @@ def find_sessions(data_dir: Path | str) -> list[Path]:
         raise FileNotFoundError(f"{data_dir} is not a folder. Name the folder that holds your run_* sessions.")
     if (data_dir / "recording.mp4").exists():
         return [data_dir]
+    for path in data_dir.iterdir():
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # glob would pass over it
+            raise PermissionError(f"{path} cannot be read. Make it readable, or take it away: chmod u+rx {path}")
     folders = sorted(path.parent for path in data_dir.glob("*/recording.mp4"))
     if not folders:
         raise FileNotFoundError(
@@ -125,8 +129,10 @@ def load_session(folder: Path | str) -> Session:
     if (np.diff(times) < 0).any():
         inputs = inputs.take(pa.array(np.argsort(times, kind="stable")))
     if "fps" in metadata:
-        fps = float(metadata["fps"])
-    else:  # the older form has no metadata
+        fps = float(metadata["fps"]) if re.fullmatch(r"\d+(\.\d*)?", metadata["fps"]) else 0.0
+        if fps == 0:
+            raise ValueError(f"{folder}: the frames' metadata has fps {metadata['fps']!r}, expected a rate above 0")
+    else:  # the oldest form has no metadata
         fps = round(1000.0 / float(np.median(np.diff(timestamps))), 2) if len(timestamps) > 1 else 10.0
     repeated = np.array([bool(x) for x in frames["repeated"].to_pylist()])
     return Session(folder, fps, timestamps, repeated, inputs, metadata)
@@ -168,6 +174,7 @@ def mouse_table(session: Session) -> tuple[np.ndarray, np.ndarray]:
     """Last known pointer position per frame: `xy` (N, 2) float32 in pixels and `known` (N,) bool."""
     N = session.n_frames
     mouse = session.inputs.filter(pc.equal(session.inputs["event_type"], "mouse"))
+    mouse = mouse.filter(pc.and_(pc.is_valid(mouse["x"]), pc.is_valid(mouse["y"])))
     if len(mouse) == 0:
         return np.zeros((N, 2), np.float32), np.zeros(N, bool)
     last = np.searchsorted(mouse["timestamp"].to_numpy(), session.timestamps, side="right") - 1  # (N,)
@@ -191,15 +198,7 @@ def read_table(path: Path | str, schema: pa.Schema) -> pa.Table:
     path = Path(path)
     older = path.with_suffix(".jsonl")
     if not path.exists() and older.exists():
-        lines = [line for line in older.read_text().splitlines() if line.strip()]
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):  # a killed recorder leaves at most half a last line
-                    raise ValueError(f"{older}, line {number} is not JSON ({error}): {line[:60]!r}") from None
-        table = pa.table({f.name: pa.array([row.get(f.name) for row in rows], f.type) for f in schema})
+        table = _read_journal(older, schema)
     elif not path.exists():
         raise FileNotFoundError(f"{path} is missing. {_MEND.get(path.stem, 'Record the session again.')}")
     else:
@@ -224,10 +223,39 @@ def read_table(path: Path | str, schema: pa.Schema) -> pa.Table:
             raise ValueError(
                 f"{path}: column {field.name!r} is {found}, expected {field.type}. See docs/data.md"
             ) from None
+        if columns[-1].null_count and field.name not in _NULLABLE:
+            row = columns[-1].is_null().index(True).as_py()
+            raise ValueError(f"{path}: row {row} has no {field.name!r}. See docs/data.md")
     return pa.table(columns, schema=schema.with_metadata(metadata))
 
 
+def _read_journal(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read the older form, one JSON object a line."""
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({name: row.get(name) for name in schema.names})
+        except (json.JSONDecodeError, AttributeError) as error:
+            if number < len(lines):  # a killed recorder leaves at most half a last line
+                raise ValueError(f"{path}, line {number} is no JSON object ({error}): {line[:60]!r}") from None
+    try:
+        return pa.Table.from_pylist(rows, schema.with_metadata(_journal_metadata(path.parent / "session.json")))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} has a value of another type ({error}). See docs/data.md") from None
+
+
+def _journal_metadata(path: Path) -> dict[str, str]:
+    """What `session.json` says, as parquet would hold it; nothing where there is none."""
+    try:
+        return {k: str(v) for k, v in json.loads(path.read_text()).items()} if path.exists() else {}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}). Delete it: the timestamps give the rate.") from None
+
+
 _LATER_COLUMNS = {"repeated", "source", "reward", "x", "y"}  # schema v1 added them, older recordings do well without
+_NULLABLE = _LATER_COLUMNS | {"key_code", "key_name", "state", "data"}
 _LABEL = "Make it with: python precompute_labels.py --data-dir <the folder above the session>"
 _MEND = {"events": _LABEL, "episodes": _LABEL, "returns": _LABEL}
 
@@ -249,17 +277,20 @@ def write_table(path: Path | str, rows: dict[str, list] | pa.Table, schema: pa.S
 class SessionWriter:
     """Writes a session's tables while it is recorded. Times are CLOCK_MONOTONIC nanoseconds.
 
-    Rows go to `.jsonl` journals at once; `close` turns these into parquet. A killed recorder leaves the journals, which
-    are the older form of a session and can be read as they are.
+    Rows go to `.jsonl` journals at once, `metadata` to `session.json`; `close` turns these into parquet with `metadata`
+    as it is by then. A killed recorder leaves the older form of a session, which can be read as it is.
     """
 
     def __init__(self, folder: Path, fps: float, width: int, height: int, keys: list[str], metadata: dict[str, str]):
         self.folder = Path(folder)
         self.clock_offset_ns = time.time_ns() - time.monotonic_ns()  # one per session
         self.metadata = {"fps": fps, "resolution": f"{width}x{height}", "keys": json.dumps(keys)}
-        self.metadata |= {"clock_offset_ns": self.clock_offset_ns} | metadata
+        self.metadata |= {"schema_version": SCHEMA_VERSION, "clock_offset_ns": self.clock_offset_ns} | metadata
         self.n_frames = 0
-        self.journals = {name: open(self.folder / f"{name}.jsonl", "w", buffering=1) for name in ("frames", "inputs")}
+        self.journals = {name: open(self.folder / f"{name}.jsonl", "x", buffering=1) for name in ("frames", "inputs")}
+        temporary = self.folder / ".session.json.tmp"
+        temporary.write_text(json.dumps({k: str(v) for k, v in self.metadata.items()}, indent=1))
+        os.replace(temporary, self.folder / "session.json")
 
     def frame(self, monotonic_ns: int, repeated: bool = False):
         self._append("frames", monotonic_ns, frame_idx=self.n_frames, repeated=repeated)
@@ -274,7 +305,7 @@ class SessionWriter:
 
     def truth(self, monotonic_ns: int, what: str, data: str = ""):
         if "truth" not in self.journals:
-            self.journals["truth"] = open(self.folder / "truth.jsonl", "w", buffering=1)
+            self.journals["truth"] = open(self.folder / "truth.jsonl", "x", buffering=1)
         self._append("truth", monotonic_ns, what=what, data=data)
 
     def _append(self, name: str, monotonic_ns: int, **row):
@@ -282,15 +313,19 @@ class SessionWriter:
         self.journals[name].write(json.dumps(row) + "\n")
 
     def close(self):
-        """Replace the journals by parquet, rows in the order of their time."""
+        """Replace the journals by parquet, rows in the order of their time. They go when all parquet is there: an error
+        (a full disk) or an interruption loses nothing, and calling again goes on."""
         schemas = {"frames": FRAMES, "inputs": INPUTS, "truth": TRUTH}
-        for name, journal in self.journals.items():
+        for journal in self.journals.values():
             journal.close()
-            path = self.folder / f"{name}.parquet"
-            table = read_table(path, schemas[name])
-            table = table.take(pa.array(np.argsort(table["timestamp"].to_numpy(), kind="stable")))
-            write_table(path, table, schemas[name], self.metadata)
-            path.with_suffix(".jsonl").unlink()
+        paths = {name: self.folder / f"{name}.jsonl" for name in self.journals}
+        for name, path in paths.items():
+            if path.exists():
+                table = _read_journal(path, schemas[name])
+                table = table.take(pa.array(np.argsort(table["timestamp"].to_numpy(), kind="stable")))
+                write_table(path.with_suffix(".parquet"), table, schemas[name], self.metadata)
+        for path in [*paths.values(), self.folder / "session.json"]:
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> "SessionWriter":
         return self

@@ -20,6 +20,8 @@ from supertux_env.levels import TILE, Terrain
 RIGHT, LEFT, JUMP, ACTION = KEYS = ("KEY_RIGHT", "KEY_LEFT", "KEY_SPACE", "KEY_LEFTCTRL")
 GRAVITY = 1000.0  # pixels per second squared, measured
 STEP = 0.015  # seconds
+BRAKE = 1000.0  # pixels per second squared; the true 650 would have him turn round, keys are up to 0.1 s late
+JUMP_S = 0.95  # from the ground to an enemy's head, with the key held
 WALK = 80.0  # an enemy's speed in pixels per second
 
 WALKERS = [  # pictures of the walks, looking left, and the place of the 32x32 hit box in them
@@ -218,37 +220,36 @@ def choose(view: View, terrain: Terrain, skill: Skill) -> set[str]:
     x = view.x + view.vx * delay  # where he will be when the keys go down
     pit = ahead(x + TILE, is_pit)
     wall = ahead(x + TILE, lambda column: solid[max(0, row - 1), column])
-    enemies = [e for e in view.enemies if abs(e.y) < 60 or e.y > 0]
-    gaps = [e.x - TILE + (e.vx - view.vx) * delay for e in enemies if abs(e.y) < 60 and e.x > -30]
-    enemy = min((gap for gap in gaps if gap > -60), default=FAR)
+    near = [e for e in view.enemies if abs(e.y) < 60 and e.x > -20]
+    enemy = min(near, key=lambda e: e.x, default=Enemy(FAR, 0.0, -WALK))
+    gap = enemy.x - TILE  # as it is seen, now
 
-    if view.suit == "fire" and 30 < enemy < 300:
-        return {ACTION, RIGHT} if enemy > 200 else {ACTION}
+    if view.suit == "fire" and 30 < gap < 400:
+        return {ACTION, RIGHT} if gap > 200 else {ACTION}
     if view.on_ground:
-        reach = 0.6 * (view.vx + WALK)  # what the two of them cover in a short jump
-        if enemy < 30:
-            return {LEFT}
-        if enemy < max(100, reach) or pit < 50 or wall < 64:
+        if pit < min(50, gap) or wall < min(64, gap):
             return {RIGHT, JUMP}
-        if enemy < reach + 40 and view.vx < 150:
-            return set()  # let it come
+        if enemy.vx > 0:  # it walks away: run after it
+            return {RIGHT, JUMP} if gap < max(40, (JUMP_S + delay) * (view.vx - WALK) - TILE) else {RIGHT}
+        if gap < 55 + (WALK + 1.3 * max(0, view.vx - 100)) * delay:
+            return {JUMP}  # straight up: it walks to where he comes down; over it, where he is too fast to stop
+        if gap < min(200 + (WALK + view.vx) * delay, pit, wall):
+            return {LEFT} if view.vx > BRAKE * delay else set()  # stop, then let it come
         return {RIGHT}
     below = solid[row:, max(0, int(x + TILE / 2) // TILE)]
-    if not below.any() or (view.vy < 0 and (pit < 96 or wall < 110)):
+    if not below.any() or (view.vy < 0 and (pit < min(96, gap) or wall < min(110, gap))):
         return {RIGHT, JUMP} if view.vy < 0 else {RIGHT}
 
     # in the air over ground: steer by the place where he will come down
     drop = max(0.0, (row + int(np.flatnonzero(below)[0])) * TILE - view.feet)
     fall_s = (-view.vy + np.sqrt(view.vy**2 + 2 * GRAVITY * drop)) / GRAVITY
     landing = view.x + view.vx * fall_s
-    for e in enemies:
+    for e in view.enemies:
         miss = view.x + e.x + e.vx * fall_s - landing  # from Tux to the enemy, then
-        if abs(miss) < 24:
-            return set()
-        if 24 <= miss < 110:
-            return {RIGHT, JUMP} if view.vy > 0 and fall_s < delay - 0.05 else {LEFT}
-        if -170 < miss <= -24:
-            return {LEFT}
+        if e.y > -60 and -160 < miss < 110:
+            if view.vy < 0:
+                return {JUMP}
+            return {LEFT} if abs(miss) > 40 else set()  # back onto it, or back off from it
     return {LEFT} if ahead(landing + TILE, is_pit) < 90 else {RIGHT}
 
 

@@ -9,13 +9,16 @@ GPU, the software one takes 13 % of a core; a level opened from the command line
 restarts the level after 3.0 s; a win ends the process with exit code 0.
 """
 
+import ctypes
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,10 +58,7 @@ class Xvfb:
         command = [find_program("Xvfb"), "-displayfd", str(write_fd), "-screen", "0", self.screen]
         command += ["-nolisten", "tcp", "-noreset"]
         self.log = tempfile.TemporaryFile()
-        # its own session: Ctrl-C reaches the recorder alone, which then stops the X server last
-        self.process = subprocess.Popen(
-            command, pass_fds=[write_fd], stdout=self.log, stderr=self.log, start_new_session=True
-        )
+        self.process = _start(command, pass_fds=[write_fd], stdout=self.log, stderr=self.log)
         os.close(write_fd)
         with os.fdopen(read_fd) as pipe:
             number = pipe.readline()  # the whole line: a pipe closed before its newline kills Xvfb
@@ -76,10 +76,12 @@ class Xvfb:
 
 
 class Game:
-    """A running SuperTux on one level. Truth lines are stamped by a thread as they come; `events` only grows."""
+    """A running SuperTux on one level. Truth lines are stamped by a thread as they come; `events` only grows. `demo` is
+    a file that the game writes its controls to: complete after the end, and lost at the first death."""
 
-    def __init__(self, level: Path | str, display: str, width: int = 640, height: int = 480):
+    def __init__(self, level: Path | str, display: str, width: int = 640, height: int = 480, demo: Path | None = None):
         self.level, self.display, self.size = Path(level).absolute(), display, f"{width}x{height}"
+        self.options = ["--record-demo", str(Path(demo).absolute())] if demo else []
         self.events: list[Truth] = []
         self.positions: list[tuple[int, float, float, float, float]] = []  # (ns, x, y, vx, vy), one per game step
         self.alive, self.log = False, []
@@ -102,8 +104,8 @@ class Game:
             "SDL_FRAMEBUFFER_ACCELERATION": "0",
         }
         command = [program, "--window", "--geometry", self.size, "--renderer", "sdl", "--disable-sound"]
-        command += ["--disable-music", str(self.level)]
-        self.process = subprocess.Popen(
+        command += ["--disable-music", *self.options, str(self.level)]
+        self.process = _start(
             command,
             env=os.environ | settings,
             stdin=subprocess.DEVNULL,
@@ -111,7 +113,6 @@ class Game:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,
         )
         self.reader = threading.Thread(target=self._read, name="supertux-truth", daemon=True)
         self.reader.start()  # a full pipe would block the game
@@ -192,6 +193,14 @@ class Game:
         self.reader.join(5)
         self.process.stderr.close()
         self.home.cleanup()
+
+
+def _start(command: list[str], **options) -> subprocess.Popen:
+    """Its own session: Ctrl-C reaches the recorder alone, which stops the X server last. The kernel ends it with
+    the thread that started it (prctl 1 is PR_SET_PDEATHSIG), so that a killed recorder leaves nothing behind."""
+    libc = ctypes.CDLL(None)  # before the fork
+    die_with_parent = partial(libc.prctl, 1, signal.SIGTERM)
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, **options)
 
 
 def _stop(process: subprocess.Popen):

@@ -33,7 +33,9 @@ def recording(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record_session, "Demonstrator", Watched)
-        args = record_session.Args(seed=3, seconds=SECONDS, fps=FPS, output=folder, name="run_1")
+        args = record_session.Args(
+            demonstrator="skilled", seed=3, seconds=SECONDS, fps=FPS, output=folder, name="run_1"
+        )
         result = record_session.main(args)
     return folder / "run_1", result, meant
 
@@ -92,7 +94,8 @@ def test_folder_is_never_overwritten(recording):
 
 def test_sigterm_keeps_what_was_recorded(tmp_path):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "record_session.py", "--seconds", "60", "--output", str(tmp_path), "--name", "run_1"]
+    command = [sys.executable, "record_session.py", "--demonstrator", "skilled", "--seconds", "60"]
+    command += ["--output", str(tmp_path), "--name", "run_1"]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
     frames = tmp_path / "run_1" / "frames.jsonl"
     end = time.monotonic() + 60
@@ -111,7 +114,7 @@ def test_sigterm_keeps_what_was_recorded(tmp_path):
 def test_failure_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(record_session, "MIN_LOGIC_HZ", 1000.0)
     with pytest.raises(SystemExit, match="void"):
-        record_session.main(record_session.Args(seconds=2, output=tmp_path, name="run_1"))
+        record_session.main(record_session.Args(demonstrator="skilled", seconds=2, output=tmp_path, name="run_1"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,5 +154,5 @@ def test_levels_are_as_described(tmp_path):
 def test_missing_game_names_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="apt-get install .*supertux"):
-        record_session.main(record_session.Args(seconds=1, output=tmp_path, name="run_1"))
+        record_session.main(record_session.Args(demonstrator="skilled", seconds=1, output=tmp_path, name="run_1"))
     assert list(tmp_path.iterdir()) == [] and os.path.isdir(tmp_path)

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import iql_reflex
 from common.runs import load_checkpoint
+from common.sessions import key_table, load_session
 from tests.synthetic import write_session
 
 ROOT = Path(iql_reflex.__file__).parent
@@ -57,8 +60,108 @@ def test_learns_what_the_picture_shows(dataset, tmp_path):
     recording = iql_reflex.load_recording(dataset / "heldout_0", checkpoint["keys"], checkpoint["action_horizon"])
     args = iql_reflex.Args(image_size=checkpoint["image_size"])
     parts = [(recording, 0, len(recording.usable))]
-    again, _ = iql_reflex.evaluate(network, parts, np.array(checkpoint["thresholds"]), args, torch.device("cpu"))
-    assert again["eval/key_ap"] == pytest.approx(result["eval/key_ap"], abs=1e-6)
+    thresholds = np.array(checkpoint["thresholds"])
+    again, _ = iql_reflex.evaluate(network, parts, thresholds, args, torch.device("cpu"))
+    assert again == pytest.approx({name: result[name] for name in again}, abs=1e-6)
+    assert checkpoint["script"] == "iql_reflex.py" and Path(checkpoint["run_dir"]) == run_dir.resolve()
+
+    # changes of keys, chatter and the table of keys by loops over the frames
+    probability, _, _ = iql_reflex.predict(network, recording, 0, 160, args, torch.device("cpu"))
+    rows, h = range(2, 158), 2  # the stack, and the label two frames ahead, lie in the episode
+    down = key_table(load_session(dataset / "heldout_0"), checkpoint["keys"])[1]  # (N, K)
+    table = json.loads((run_dir / "eval.json").read_text())["per_key"]
+    right, changes = 0, 0
+    for k, key in enumerate(checkpoint["keys"]):
+        on = {i: bool(probability[i, k] > thresholds[k]) for i in rows}
+        changed = [i for i in rows if down[i + h, k] != down[i - 1, k]]
+        right, changes = right + sum(on[i] == down[i + h, k] for i in changed), changes + len(changed)
+        hits = sum(on[i] and down[i + h, k] for i in rows)
+        assert table[key]["support"] == sum(down[i + h, k] for i in rows)
+        assert table[key]["precision"] == pytest.approx(hits / sum(on.values()))
+        assert table[key]["recall"] == pytest.approx(hits / table[key]["support"])
+        assert table[key]["chatter"] == pytest.approx(np.mean([on[i] != on[i - 1] for i in rows[1:]]))
+    assert changes > 20 and result["eval/change_accuracy"] == pytest.approx(right / changes)
+    assert result["eval/change_accuracy_repeat_last"] == result["eval/change_f1_repeat_last"] == 0
+    assert result["eval/change_f1"] > result["eval/change_f1_always_on"]
+    assert {"heldout/key_ap", "heldout/inv_dyn_f1"} <= set(tensorboard(run_dir).Tags()["scalars"])
+
+
+def tensorboard(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return events
+
+
+def test_runs_with_and_without_awr_compare_side_by_side(dataset, tmp_path):
+    settings = dict(SMALL, data_dir=str(dataset), max_updates=12, video_seconds=0.0)
+    runs = [
+        iql_reflex.main(iql_reflex.Args(run_root=str(tmp_path), exp_name=name, use_awr=name == "awr", **settings))
+        for name in ("awr", "no_awr")
+    ]
+    logs = [tensorboard(Path(run["run_dir"])) for run in runs]
+    assert logs[0].Tags() == logs[1].Tags()
+    for run, log in zip(runs, logs, strict=True):
+        assert not [path for path in Path(run["run_dir"]).iterdir() if path.is_dir()]  # no stray run for HPARAMS
+        plugin = {tag: content.plugin_data.content for tag, content in log.summary_metadata.items()}
+        started = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info
+        assert started.hparams["use_awr"].number_value == float(run is runs[0])
+        compared = HParamsPluginData.FromString(plugin["_hparams_/experiment"]).experiment.metric_infos
+        assert {info.name.tag for info in compared} == {m.replace("eval/", "heldout/") for m in run if "/" in m}
+        assert log.Scalars("heldout/key_ap")[-1].value == pytest.approx(run["eval/key_ap"])
+    assert runs[0]["eval/key_ap"] != runs[1]["eval/key_ap"]
+
+
+def test_inverse_dynamics_reads_what_moved_the_picture(tmp_path):
+    """Keys are thrown like a coin for every frame and move a block: no stack shows the key of its own last frame, the
+    next frame does."""
+    n, rng = 200, np.random.default_rng(0)
+    for name in ("run_0", "run_1", "heldout_0"):
+        right = rng.random(n) < 0.5
+        x = (10 + np.cumsum(np.r_[0, np.where(right, 8, -8)[:-1]])) % 56  # the key of frame i moves it to i + 1
+        pictures = np.full((n, 48, 64, 3), 40, np.uint8)
+        for i in range(n):
+            pictures[i, 16:32, x[i] : x[i] + 8] = 250
+        write_session(tmp_path / "data" / name, n, keys={"KEY_RIGHT": right, "KEY_LEFT": ~right}, pictures=pictures)
+    arguments = SMALL | dict(run_root=str(tmp_path), data_dir=str(tmp_path / "data"), video_seconds=0.0, lr=2e-3)
+    result = iql_reflex.main(iql_reflex.Args(max_updates=150, random_shift=0, val_fraction=0.0, **arguments))
+    assert result["eval/inv_dyn_f1"] > 0.85 > result["eval/inv_dyn_f1_always_on"]
+    assert result["eval/key_ap"] < result["eval/key_ap_random"] + 0.1  # two frames later the keys are open again
+
+    without = iql_reflex.main(iql_reflex.Args(max_updates=2, inv_dyn_weight=0.0, **arguments))
+    assert "eval/inv_dyn_f1" not in without
+    checkpoint = load_checkpoint(Path(without["run_dir"]) / "last.pt")
+    assert not checkpoint["network"]["inverse_dynamics"] and not any("inverse" in name for name in checkpoint["model"])
+
+
+def test_checkpoint_dir_receives_every_epoch_and_keeps_another_runs(dataset, tmp_path):
+    folder, runs = tmp_path / "checkpoints", tmp_path / "runs"
+    settings = dict(SMALL, data_dir=str(dataset), run_root=str(runs), checkpoint_dir=str(folder), video_seconds=0.0)
+    first = Path(iql_reflex.main(iql_reflex.Args(epochs=3, **settings))["run_dir"])
+    names = {"config.json", "iql_reflex.py", "reflex_epoch_0.pth", "reflex_epoch_1.pth", "reflex_epoch_2.pth"}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config == json.loads((first / "args.json").read_text()) | {"run_dir": str(first.resolve())}
+    states = [load_checkpoint(folder / f"reflex_epoch_{n}.pth") for n in range(3)]
+    updates = states[0]["update"]
+    assert [state["update"] for state in states] == [updates, 2 * updates, 3 * updates]
+    last = load_checkpoint(first / "last.pt")
+    assert all(torch.equal(states[2]["model"][name], last["model"][name]) for name in last["model"])
+    assert not torch.equal(states[0]["model"]["value_head.0.weight"], last["model"]["value_head.0.weight"])
+
+    before = (folder / "reflex_epoch_2.pth").read_bytes()
+    with pytest.raises(SystemExit, match="files of another run.*--overwrite"):
+        iql_reflex.main(iql_reflex.Args(epochs=1, **settings))
+    assert (folder / "reflex_epoch_2.pth").read_bytes() == before and len(list(runs.iterdir())) == 1
+    iql_reflex.main(iql_reflex.Args(resume=str(first), epochs=4))  # its own files
+    assert (folder / "reflex_epoch_3.pth").is_file() and (folder / "reflex_epoch_2.pth").read_bytes() == before
+
+    second = iql_reflex.main(iql_reflex.Args(epochs=1, overwrite=True, **settings))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "iql_reflex.py", "reflex_epoch_0.pth"}
+    assert load_checkpoint(folder / "reflex_epoch_0.pth")["run_dir"] == str(Path(second["run_dir"]).resolve())
+    with pytest.raises(SystemExit, match="files of another run"):
+        iql_reflex.main(iql_reflex.Args(resume=str(first), epochs=5))
+    with pytest.raises(SystemExit, match="no folder of its own"):
+        iql_reflex.main(iql_reflex.Args(**settings | {"checkpoint_dir": str(ROOT)}))
 
 
 DIES_AT_10 = """
@@ -138,7 +241,9 @@ def test_only_batch_mean_on_sequential_batches_cancels_the_advantage(tmp_path, s
     network = iql_reflex.ReflexNet(**checkpoint["network"])
     network.load_state_dict(checkpoint["model"])
     recording = iql_reflex.load_recording(tmp_path / "data/run_bad", checkpoint["keys"], checkpoint["action_horizon"])
-    probabilities, _ = iql_reflex.predict(network, recording, 0, n, iql_reflex.Args(image_size=32), torch.device("cpu"))
+    probabilities, _, _ = iql_reflex.predict(
+        network, recording, 0, n, iql_reflex.Args(image_size=32), torch.device("cpu")
+    )
     left, right = probabilities.mean(0)
     if normalizer == "batch-mean" and not shuffle:
         assert abs(right - left) < 0.1
@@ -170,6 +275,7 @@ def test_errors_name_the_file_and_the_mend(dataset, tmp_path):
     fails("holds no session", data_dir=str(tmp_path))
     fails("--resume takes a run folder", resume=str(tmp_path))
     fails("fewer than --batch-size", batch_size=4096)
+    fails("--bootstrap 0", bootstrap=0)
     fails("torch finds no cuda|expected auto", device="cuda" if not torch.cuda.is_available() else "tpu")
     write_session(tmp_path / "bare/run_0", 40, labels=False)
     write_session(tmp_path / "bare/run_1", 40, labels=False)

@@ -17,17 +17,19 @@ OUTPUT_FOLDERS = "runs dataset build .venv creatures levels".split()  # made by 
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
     "events.parquet episodes.parquet returns.parquet "
-    "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py"
+    "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
+    "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4"
 ).split()
 SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl".split()
 
 
 # Python sources -------------------------------------------------------------------------------------------------------
 def args_fields(text: str) -> dict[str, tuple[str, str, str | None]]:
-    """Fields of the class `Args` in order: name -> (type, default, the string under it)."""
+    """Fields of `Args` and of classes that inherit from it (subcommands), in order: name -> (type, default, the string
+    under it)."""
     fields = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Args":
+        if isinstance(node, ast.ClassDef) and "Args" in (node.name, *map(ast.unparse, node.bases)):
             for statement, below in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(statement, ast.AnnAssign):
                     default = ast.unparse(statement.value) if statement.value else ""
@@ -88,11 +90,13 @@ def twins(texts: dict[str, str]) -> list[str]:
 
 
 def guard(text: str) -> list[str]:
-    """The last statement is the guard, and holds nothing but `main(tyro.cli(Args))`; `cli` may get more arguments."""
+    """The last statement is the guard, and holds nothing but `main(tyro.cli(Args))`; `cli` may get more arguments. A
+    script with subcommands: `main(tyro.extras.subcommand_cli_from_dict(COMMANDS))`."""
     last = ast.parse(text).body[-1]
     if not (isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"):
         return ["the last statement is not the `__main__` guard"]
-    if len(last.body) == 1 and re.fullmatch(r"main\(tyro\.cli\(Args(, .+)?\)\)", ast.unparse(last.body[0])):
+    guards = r"main\(tyro\.cli\(Args(, .+)?\)\)|main\(tyro\.extras\.subcommand_cli_from_dict\(COMMANDS\)\)"
+    if len(last.body) == 1 and re.fullmatch(guards, ast.unparse(last.body[0])):
         return []
     return [f"the guard holds {ast.unparse(last.body)!r}, expected the one statement main(tyro.cli(Args))"]
 

@@ -112,6 +112,16 @@ def test_guard():
     assert checks.guard(bad("main(tyro.cli(Args))", "main(tyro.cli(Args, args=words()))")) == []
     assert checks.guard(bad("    main(tyro.cli(Args))", "    args = tyro.cli(Args)\n    main(args)")) != []
     assert checks.guard(bad("main(tyro.cli(Args))", "main(Args())")) != []
+    assert checks.guard(bad("tyro.cli(Args)", "tyro.extras.subcommand_cli_from_dict(COMMANDS)")) == []
+    assert checks.guard(bad("tyro.cli(Args)", "tyro.extras.subcommand_cli_from_dict({'eval': Eval})")) != []
+
+
+def test_fields_of_subcommands():
+    subcommand = 'class Eval(Args):\n    fps: float = 1.0\n    """rate"""\n    bare: int = 0\n\n\n'
+    text = bad("class Net(nn.Module):", subcommand + "class Net(nn.Module):")
+    assert list(checks.args_fields(text)) == ["exp_name", "seed", "shuffle", "fps", "bare"]
+    assert checks.undocumented_fields(text) == ["Args.bare has no string under it"]
+    assert checks.unread_fields(text) == ["Args.fps is never read", "Args.bare is never read"]
     assert checks.guard(GOOD + "\nx = 1") == ["the last statement is not the `__main__` guard"]
 
 

@@ -51,18 +51,50 @@ def test_allows_for_its_delay_or_not():
     assert keys(fast, "sloppy", pits=(14, 15)) == {RIGHT}
 
 
-def test_backs_off_waits_and_jumps_by_the_distance_of_an_enemy():
-    def pressed(distance):
-        return keys(view(enemies=[Enemy(distance, 0.0, -80.0)]))
+def test_brakes_waits_and_jumps_by_the_distance_of_an_enemy():
+    def pressed(distance, vx, walks=-80.0):
+        return keys(view(vx=vx, enemies=[Enemy(distance, 0.0, walks)]))
 
-    assert pressed(60) == {LEFT}
-    assert pressed(120) == {RIGHT, JUMP}
-    assert pressed(300) == {RIGHT}
+    assert pressed(400, 320) == {RIGHT}
+    assert pressed(300, 320) == {LEFT}  # too fast to meet it
+    assert pressed(200, 100) == set()  # slow enough: let it come
+    assert pressed(100, 0) == {JUMP}  # while he is in the air it comes to his feet
+    assert pressed(150, 320) == {JUMP}  # he cannot stop any more: over it
+    assert pressed(300, 320, walks=80.0) == {RIGHT}
+    assert pressed(200, 320, walks=80.0) == {RIGHT, JUMP}  # from behind
+
+
+def test_jump_straight_up_comes_down_on_the_enemy():
+    """From the first frame that says jump, by the game's own figures: 520 px/s up, gravity 1000, an enemy 32 high."""
+    for x in range(250, 32, -1):
+        if JUMP in keys(view(enemies=[Enemy(x, 0.0, -80.0)])):
+            break
+    flight_s = 0.52 + np.sqrt(2 * (0.52**2 * 500 - 32) / 1000)
+    assert abs(x - 80 * (0.27 + flight_s)) < 32  # boxes of 32 pixels overlap
+
+
+def test_a_jump_once_decided_is_kept_while_he_brakes():
+    """A key let go of in the rise cuts the jump to a third, and he comes down in front of the enemy."""
+    for start in range(160, 400, 5):
+        x, vx, jumping = start, 320.0, False
+        while vx > 0 and x > 40:
+            pressed = keys(view(vx=vx, enemies=[Enemy(x, 0.0, -80.0)]))
+            assert JUMP in pressed or not jumping, (start, x, vx)
+            jumping = jumping or JUMP in pressed
+            x, vx = x - (vx + 80) / 10, vx - 60  # the next frame
+    assert keys(view(feet=340.0, vy=-400.0, on_ground=False, enemies=[Enemy(100, 44.0, -80.0)])) == {JUMP}
+
+
+def test_ignores_enemies_that_cannot_come():
     assert keys(view(enemies=[Enemy(60, -150.0, -80.0)])) == {RIGHT}  # it walks far above
+    assert keys(view(enemies=[Enemy(200, 0.0, -80.0)]), pits=(14, 15)) == {RIGHT}  # a pit lies between
+    assert keys(view(enemies=[Enemy(-60, 0.0, -80.0)])) == {RIGHT}  # he has passed it
 
 
 def test_fire_is_used():
     assert keys(view(suit="fire", enemies=[Enemy(150, 0.0, -80.0)])) == {ACTION}
+    assert keys(view(suit="fire", enemies=[Enemy(250, 0.0, -80.0)])) == {ACTION, RIGHT}
+    assert keys(view(suit="fire", enemies=[Enemy(450, 0.0, -80.0)])) == {RIGHT}
 
 
 def test_steers_in_the_air_by_the_place_where_it_comes_down():

@@ -6,20 +6,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_rel
 
 import iql_reflex as q
+from benchmarks.train import summary
+from common.runs import write_json
+from common.sessions import key_table, load_session
 from common.video import VideoReader, resize
 from tests.reference import naive_event_f1
 from tests.synthetic import write_session
+
+KEYS = ["KEY_RIGHT", "KEY_SPACE"]
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     return [
-        q.load_recording(
-            write_session(folder / f"run_{n}", 60 + 10 * n, seed=n, outcome=o), ["KEY_RIGHT", "KEY_SPACE"], 2
-        )
+        q.load_recording(write_session(folder / f"run_{n}", 60 + 10 * n, seed=n, outcome=o), KEYS, 2)
         for n, o in enumerate(["DEATH", "WIN", "INCOMPLETE"])
     ]
 
@@ -28,6 +32,7 @@ def test_rows_belong_to_the_moment_of_decision(recordings):
     recording = recordings[0]
     assert not recording.usable[:2].any() and not recording.usable[-2:].any() and recording.usable[2:-2].all()
     np.testing.assert_array_equal(recording.keys_before[4:], recording.keys[1:-3])  # any[i-1] = label of frame i-3
+    np.testing.assert_array_equal(recording.keys_now, key_table(load_session(recording.video.parent), KEYS)[0])
     assert recording.finished.all() and not recordings[2].finished.any()
     assert recording.returns[-1] == -1 and recording.returns[-2] == pytest.approx(-0.99)
 
@@ -68,6 +73,27 @@ def test_keys_loss_equals_the_plain_one():
     assert q.keys_loss(logits, keys, weights, torch.ones(3)).item() == pytest.approx(last.item())
 
 
+def test_inverse_dynamics_loss_takes_the_rows_that_are_followed():
+    logits, keys = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
+    followed = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    expected = F.binary_cross_entropy_with_logits(logits[[0, 2]], keys[[0, 2]])
+    assert q.inverse_dynamics_loss(logits, keys, followed).item() == pytest.approx(expected.item())
+    assert q.inverse_dynamics_loss(logits, keys, torch.zeros(4)).item() == 0
+
+
+def test_inverse_dynamics_is_a_head_of_its_own():
+    plain, network = q.ReflexNet(3, "cnn").eval(), q.ReflexNet(3, "cnn", inverse_dynamics=True).eval()
+    assert plain.inverse_head is None and network.inverse_head[0].in_features == 1024
+    pixels = torch.randint(0, 256, (5, 9, 24, 24), dtype=torch.uint8)
+    features = network.features(pixels)
+    assert features.shape == (5, 512) and network.inverse_dynamics(features[:-1], features[1:]).shape == (4, 3)
+    for one, other in zip(network(pixels), network.heads(features), strict=True):
+        assert torch.equal(one, other)
+    network.load_state_dict(plain.state_dict(), strict=False)
+    for one, other in zip(network(pixels), plain(pixels), strict=True):
+        assert torch.equal(one, other)  # playing does not depend on it
+
+
 def test_random_shift_shifts_by_whole_pixels_and_repeats_the_border():
     stacks = torch.arange(20 * 20, dtype=torch.int32).view(1, 1, 20, 20).repeat(64, 2, 1, 1)
     shifted = q.random_shift(stacks, 3)
@@ -101,6 +127,27 @@ def test_event_f1_by_hand_and_against_a_naive_matcher():
             assert q.event_f1(predicted, true, np.zeros(60), change) == pytest.approx(expected)
 
 
+def test_chatter_counts_flips_inside_a_stretch():
+    keys = np.array([[0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]], bool).T  # (6, 2)
+    assert q.chatter(keys, np.zeros(6)).tolist() == [3 / 5, 0]
+    assert q.chatter(keys, np.array([0, 0, 1, 1, 1, 2])).tolist() == [1 / 3, 0]  # flips on the borders do not count
+    assert q.chatter(keys[:1], np.zeros(1)).tolist() == [0, 0]
+
+
+def test_calibration_error_equals_a_loop_over_bins():
+    rng = np.random.default_rng(0)
+    p = np.r_[rng.random(997), 0.0, 1.0, 1.0].astype(np.float32).reshape(-1, 2)
+    true = rng.random(p.shape) < p**2
+    expected = 0.0
+    for b in range(10):
+        inside = (p >= b / 10) & ((p < (b + 1) / 10) | (b == 9))
+        if inside.any():
+            expected += inside.mean() * abs(p[inside].mean() - true[inside].mean())
+    assert q.calibration_error(p, true) == pytest.approx(expected, rel=1e-4) and expected > 0.1
+    assert q.calibration_error(np.full(8, 0.25), np.arange(8) < 2) == pytest.approx(0)  # a constant at the base rate
+    assert q.calibration_error(np.ones(4), np.zeros(4, bool)) == 1
+
+
 def test_f1_and_equal_rate_thresholds():
     true = np.array([[1, 0], [1, 0], [0, 0], [0, 0]], bool)
     predicted = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], bool)
@@ -129,10 +176,18 @@ def test_an_epoch_visits_every_training_frame_once_within_the_buffer(shuffle):
         held = newest[position] + 1 - sum(last < position for last in last_use.values())
         assert held <= 1024 // q.RUN + 2 * q.MIX
     assert q.plan_epoch(training, 1024, shuffle, 1, 0) == (decode, samples)
+    follows = {sample: after for sample, after in zip(samples, samples[1:], strict=False)}
+    for run in decode:  # of every four frames two stay together, for inverse dynamics
+        for i in range(run[1], run[2] - 1):
+            assert i % 4 or follows[run, i] == (run, i + 1)
     if shuffle:
-        assert q.plan_epoch(training, 1024, shuffle, 1, 1)[1] != samples
+        later = q.plan_epoch(training, 1024, shuffle, 1, 1)[1]
+        pairs = {one for one, other in zip(later, later[1:], strict=False) if other == (one[0], one[1] + 1)}
+        assert (
+            later != samples and {(run, i) for run in decode for i in range(run[1], run[2] - 1) if i % 4 == 3} <= pairs
+        )
         batches = [{run for run, _ in samples[b : b + 32]} for b in range(0, len(samples) - 31, 32)]
-        assert np.mean([len(batch) for batch in batches]) > 20  # neighbours are rarely in one batch
+        assert np.mean([len(batch) for batch in batches]) > 18  # otherwise neighbours are rarely in one batch
         assert np.mean([len({r for r, _, _ in batch}) for batch in batches]) > 4  # sessions mix
 
 
@@ -180,3 +235,37 @@ def test_resnet_has_the_known_size_and_takes_imagenet_weights(tmp_path):
     for backbone in ("resnet18", "cnn"):
         keys, mouse, value = q.ReflexNet(4, backbone).eval()(torch.zeros((2, 9, 90, 130), dtype=torch.uint8))
         assert keys.shape == (2, 4) and mouse.shape == (2, 2) and value.shape == (2,)
+
+
+def test_summary_of_seeds_pairs_the_arms(tmp_path):
+    rng, values = np.random.default_rng(0), {}
+    for arm in summary.ARMS:
+        for seed in (1, 2, 3):
+            folder = tmp_path / "runs" / f"data__{arm}__{seed}__0"
+            folder.mkdir(parents=True)
+            values[arm, seed] = rng.random()
+            names = [f"{m}{s}" for m, bases in summary.METRICS.items() for s in ("", *(f"_{b}" for b in bases))]
+            evaluation = {
+                "sessions": ["heldout"],
+                "keys": ["KEY_X"],
+                "metrics": dict.fromkeys(names, values[arm, seed]),
+            }
+            write_json(folder / "eval.json", evaluation | {"per_key": {"KEY_X": {"ap": 0.5, "rate": 0.1}}})
+            write_json(folder / "args.json", {"exp_name": arm, "seed": seed, "lr": 0.1})
+            write_json(folder / "provenance.json", {"dataset_fingerprint": "same"})
+    found = summary.summarise(summary.load_runs(tmp_path / "runs"))
+    awr, bc = ([values[arm, seed] for seed in (1, 2, 3)] for arm in ("awr", "bc"))
+    row = found["metrics"]["eval/key_ap"]
+    assert row["arms"]["awr"]["mean"] == pytest.approx(np.mean(awr))
+    paired, interval = ttest_rel(awr, bc), row["differences"]["AWR - plain BC"]
+    low, high = paired.confidence_interval(0.95)
+    assert interval["mean"] - interval["half_width_95"] == pytest.approx(low)
+    assert interval["mean"] + interval["half_width_95"] == pytest.approx(high)
+    assert f"{interval['mean']:+.3f} ± {interval['half_width_95']:.3f}" in summary.markdown(found)
+
+    write_json(folder / "args.json", {"exp_name": arm, "seed": seed, "lr": 0.2})
+    with pytest.raises(SystemExit, match=r"differs from the first in \['lr'\]"):
+        summary.load_runs(tmp_path / "runs")
+    (folder / "eval.json").unlink()
+    with pytest.raises(SystemExit, match=f"missing: .*{arm} with seed 3"):
+        summary.load_runs(tmp_path / "runs")

@@ -1,22 +1,33 @@
 """Events, episodes, rewards and label files: hand-worked cases, and whole sessions with a made-up sprite."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import precompute_labels
 from common.returns import discounted_returns
 from common.sessions import EPISODES, EVENTS, INPUTS, RETURNS, TRUTH, WIN_KEY, load_session, read_table, write_table
+from common.template_matching import load_sprites, match
+from common.video import grey, resize
 from precompute_labels import (
     Args,
+    Sighting,
+    attack_events,
     compare_with_truth,
     death_events,
     episode_rewards,
     find_episodes,
     main,
+    size_warning,
+    truth_table,
     win_events,
     write_labels,
 )
@@ -85,38 +96,106 @@ def test_other_events_do_not_end_an_episode():
 
 @pytest.mark.parametrize("outcome", ["DEATH", "WIN", "INCOMPLETE"])
 @pytest.mark.parametrize("bonus", [0.0, 0.02])
-def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus):
+@pytest.mark.parametrize("attacks", [(), (0,), (1, 12, 12, 29)])
+def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus, attacks):
     reward = OUTCOMES.get(outcome, 0.0)
-    rewards = episode_rewards({"length": 30, "reward": reward}, bonus)
-    expected = specified_returns(30, reward, 0.97, survival_bonus=bonus)
-    np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12)
+    episode = {"start_frame": 100, "end_frame": 129, "length": 30, "reward": reward}
+    rewards = episode_rewards(episode, [40, *(100 + k for k in attacks), 130], bonus, 0.1, 0.97)
+    expected = specified_returns(30, reward, 0.97, attacks, 0.1, bonus)
+    np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12, atol=1e-15)
 
 
 # --- deaths ---
 
 
-def test_death_is_the_crossing_with_the_peak_as_confidence():
-    scores = np.array([0.5, 0.84, 0.85, 0.97, 0.9, 0.6, 0.5])
-    assert death_events(scores, times_at(10, 7), 0.85, 2.5) == [(2, 0.97)]
+def deaths(scores, fps=10, min_gap_s=2.5, threshold=0.85):
+    seen = [Sighting(i, "DEATH", 0, score, 0, 0) for i, score in enumerate(scores) if score >= threshold]
+    return death_events(seen, times_at(fps, len(scores)), min_gap_s)
+
+
+def test_death_is_the_first_sighting_with_the_peak_as_confidence():
+    assert deaths([0.5, 0.84, 0.85, 0.97, 0.9, 0.6, 0.5]) == [(2, 0.97)]
 
 
 def test_flicker_within_the_gap_is_one_death_and_later_ones_count():
     scores = np.full(100, 0.5)
     scores[[10, 11, 13, 14, 16]] = 0.9, 0.92, 0.91, 0.99, 0.9  # flickers
     scores[60:75] = 0.95
-    assert death_events(scores, times_at(10, 100), 0.85, 2.5) == [(10, 0.99), (60, 0.95)]
-    assert [row for row, _ in death_events(scores, times_at(10, 100), 0.85, 0.05)] == [10, 13, 16, 60]
+    assert deaths(scores) == [(10, 0.99), (60, 0.95)]
+    assert [frame for frame, _ in deaths(scores, min_gap_s=0.05)] == [10, 13, 16, 60]
 
 
 def test_death_gap_is_seconds():
     scores = np.array([0.9] + [0.1] * 19 + [0.9] + [0.1] * 9)  # 20 frames apart
-    assert len(death_events(scores, times_at(10, 30), 0.85, 2.5)) == 1  # 2.0 s
-    assert len(death_events(scores, times_at(5, 30), 0.85, 2.5)) == 2  # 4.0 s
+    assert len(deaths(scores)) == 1  # 2.0 s
+    assert len(deaths(scores, fps=5)) == 2  # 4.0 s
 
 
 def test_picture_that_stays_is_one_death():
-    assert len(death_events(np.full(200, 0.9), times_at(10, 200), 0.85, 2.5)) == 1
-    assert death_events(np.full(200, 0.84), times_at(10, 200), 0.85, 2.5) == []
+    assert len(deaths(np.full(200, 0.9))) == 1
+    assert deaths(np.full(200, 0.84)) == []
+    seen = [Sighting(i, "DEATH", i // 5 % 2, 0.9, 0, 0) for i in range(0, 200, 5)]  # every fifth frame was looked at
+    assert len(death_events(seen, times_at(10, 200), 0.3, stride=5)) == 1
+
+
+# --- squished enemies ---
+
+
+def squished(enemies, camera, hidden=(), fps=10, stride=1):
+    """What is seen of `enemies` (frame, x in the level, sprite), each there for 2 s, 640 pixels at a time.
+
+    `camera` (N,) is the left edge of the screen, `hidden` holds (enemy, first frame, last frame)."""
+    seen = []
+    for i in range(0, len(camera), stride):
+        places = []
+        for e, (start, x, sprite) in enumerate(enemies):
+            on_screen = start <= i < start + 2 * fps and 0 <= x - camera[i] < 640
+            if on_screen and not any(e == h and a <= i <= b for h, a, b in hidden) and (x, sprite) not in places:
+                places.append((x, sprite))  # two on one place look like one
+        seen += [Sighting(i, "ATTACK", sprite, 0.9, 400.0, float(x - camera[i])) for x, sprite in places]
+    return [frame for frame, _ in attack_events(seen, times_at(fps, len(camera)))]
+
+
+SWING = np.cumsum([0, *np.repeat([20, 32, 0, -32, -16, 30], 10)])  # turns round by up to 46 pixels per frame
+
+
+def test_one_enemy_is_one_event_however_the_camera_moves():
+    for start in range(0, 40, 3):
+        x = SWING[start] + 300
+        assert squished([(start, x, 0)], SWING) == [start]
+        assert squished([(start, x, 0)], SWING, hidden=[(0, start + 4, start + 10)]) == [start]  # Tux stands before it
+        assert squished([(start, x, 0)], SWING, stride=2) == [start + start % 2]
+
+
+def test_two_enemies_close_together_are_two():
+    for dx in (-64, -34, 34, 64):
+        for later in (0, 1, 3):
+            for start in (0, 8, 18, 29):
+                for second in (0, 2):
+                    enemies = [(start, SWING[start] + 420, 0), (start + later, SWING[start] + 420 + dx, second)]
+                    assert squished(enemies, SWING) == [start, start + later], (dx, later, start)
+
+
+def test_enemy_that_is_hidden_while_another_is_seen_keeps_its_place():
+    enemies = [(5, SWING[5] + 300, 0), (9, SWING[9] + 380, 0)]
+    assert squished(enemies, SWING, hidden=[(0, 9, 15)]) == [5, 9]
+
+
+def test_two_enemies_on_one_place_are_two():
+    camera = np.arange(80) * 3
+    assert squished([(10, 300, 0), (22, 300, 0)], camera) == pytest.approx([10, 22], abs=1)
+
+
+def test_a_second_enemy_after_the_first_is_gone_is_a_second_event():
+    camera = np.zeros(90, int)
+    assert squished([(10, 300, 0), (40, 300, 0), (63, 310, 0)], camera) == [10, 40, 63]
+    assert squished([(10, 300, 0)], np.zeros(200, int), fps=30, stride=3) == [12]
+    assert attack_events([], times_at(10, 5)) == []
+
+
+def test_confidence_of_an_attack_is_its_peak():
+    seen = [Sighting(i, "ATTACK", 0, score, 0, 0) for i, score in ((3, 0.9), (4, 0.97), (5, 0.88))]
+    assert attack_events(seen, times_at(10, 9)) == [(3, 0.97)]
 
 
 # --- wins ---
@@ -170,9 +249,21 @@ def test_truth_is_matched_one_to_one():
 N, DEATHS, FRAME_SIZE = 120, (30, 80), (96, 128)  # frames at 10 fps, frames where the sprite appears, height and width
 
 
+def write_squish_sprites(sprites, rng):
+    """Two made-up squished enemies, 33x13 RGBA; returns the first."""
+    (sprites / "creatures" / "snowball").mkdir(parents=True)
+    for name in ("squished-left", "mrs-squished-left"):
+        picture = Image.fromarray(rng.integers(0, 256, (4, 9, 3), dtype=np.uint8)).resize((33, 13), Image.BICUBIC)
+        alpha = np.full((13, 33), 255, np.uint8)
+        alpha[:4, :6] = alpha[:4, -6:] = 0
+        Image.fromarray(np.dstack([picture, alpha]), "RGBA").save(sprites / "creatures" / "snowball" / f"{name}.png")
+    return np.asarray(Image.open(sprites / "creatures" / "snowball" / "squished-left.png"))
+
+
 @pytest.fixture
 def dataset(tmp_path):
-    """Two sessions: one with deaths at 3.0 s and 8.0 s and a win pressed at 11.5 s, one without anything."""
+    """Two sessions: one with deaths at 3.0 s and 8.0 s and a win pressed at 11.5 s, one with two squished enemies, at
+    4.0 s and 4.7 s, the second looking the other way, while the camera moves."""
     rng = np.random.default_rng(0)
     sprite = np.asarray(
         Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((40, 31), Image.BICUBIC)
@@ -184,19 +275,27 @@ def dataset(tmp_path):
     alpha = mask.astype(np.uint8) * 255
     Image.fromarray(np.dstack([sprite, alpha]), "RGBA").save(folder / "gameover-0.png")
     Image.fromarray(np.dstack([sprite[::-1, ::-1], alpha]), "RGBA").save(folder / "gameover-1.png")  # never shown
+    enemy = write_squish_sprites(tmp_path / "sprites", rng)
     background = np.asarray(Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((160, 96)))
-    for name, deaths in (("run_a", DEATHS), ("run_b", ())):
+    for name, death_frames in (("run_a", DEATHS), ("run_b", ())):
         pictures = np.stack([background[:, i % 32 : i % 32 + 128] for i in range(N)])
-        for death in deaths:
+        for death in death_frames:
             for i in range(death, death + 12):
                 pictures[i, 20 + i - death :, 50:][:31, :40][mask] = sprite[mask]
-        keys = {"KEY_RIGHT": np.arange(N) % 20 < 10, WIN_KEY: (np.arange(N) == 115) & bool(deaths)}
+        for start, x, picture in [(40, 90, enemy), (47, 52, enemy[:, ::-1])] if name == "run_b" else []:
+            for i in range(start, start + 20):
+                left = x - 3 * (i - 40)
+                cut = max(0, -left)
+                mask_, place = picture[:, cut:, 3] > 127, pictures[i, 70:83, max(0, left) : left + 33]
+                place[mask_] = picture[:, cut:, :3][mask_]
+        keys = {"KEY_RIGHT": np.arange(N) % 20 < 10, WIN_KEY: (np.arange(N) == 115) & bool(death_frames)}
         write_session(tmp_path / name, N, pictures=pictures, keys=keys, labels=False)
     frames = load_session(tmp_path / "run_a").timestamps
     moments = [frames[0] - 5000, frames[30] - 40, frames[80] - 40, frames[115], frames[-1] + 5000]
     truth = {"timestamp": moments, "what": ["death", "death", "death", "win", "death"]}  # two were not recorded
     write_table(tmp_path / "run_a" / "truth.parquet", truth | {"data": [""] * 5}, TRUTH)
-    write_table(tmp_path / "run_b" / "truth.parquet", {"timestamp": [], "what": [], "data": []}, TRUTH)
+    squishes = {"timestamp": [frames[40] - 40, frames[47] - 60], "what": ["squish"] * 2, "data": [""] * 2}
+    write_table(tmp_path / "run_b" / "truth.parquet", squishes, TRUTH)
     return tmp_path
 
 
@@ -218,20 +317,26 @@ def test_labels_of_a_session(dataset, capsys):
     np.testing.assert_allclose(returns["return"], expected)
     assert returns["reward"][30] == -1 and returns["reward"][29] == 0.001
 
-    assert read_table(dataset / "run_b" / "events.parquet", EVENTS).num_rows == 0
-    assert (
-        pq.read_schema(dataset / "run_b" / "events.parquet").field("frame_idx").type == EVENTS.field("frame_idx").type
-    )
+    events = read_table(dataset / "run_b" / "events.parquet", EVENTS).to_pydict()
+    assert events["event"] == ["ATTACK", "ATTACK"] and events["frame_idx"] == [40, 47]
     assert read_table(dataset / "run_b" / "episodes.parquet", EPISODES)["outcome"].to_pylist() == ["INCOMPLETE"]
+    returns = read_table(dataset / "run_b" / "returns.parquet", RETURNS).to_pydict()
+    expected = specified_returns(N, 0, 0.99, (40, 47), 0.1, 0.001)
+    np.testing.assert_allclose(returns["return"], expected)
+    assert returns["reward"][46] == pytest.approx(0.001 + 0.099) and returns["reward"][47] == 0.001
 
     assert result["sessions"]["run_a"]["DEATH"] == 2 and result["sessions"]["run_b"]["DEATH"] == 0
-    assert result["truth"]["DEATH"] == {"truth": 2, "found": 2, "hits": 2, "offsets_ms": [40, 40]}
-    assert result["truth"]["WIN"]["hits"] == 1
-    assert "total: DEATH truth 2 found 2 missed 0 false 0 precision 1.000 recall 1.000" in capsys.readouterr().out
+    assert result["truth"]["DEATH", "128x96"] == {"truth": 2, "found": 2, "hits": 2, "offsets_ms": [40, 40]}
+    assert result["truth"]["ATTACK", "128x96"]["offsets_ms"] == [40, 60]
+    assert result["truth"]["WIN", "128x96"]["hits"] == 1
+    out = capsys.readouterr().out
+    assert "| DEATH | all | 2 | 2 | 0 | 0 | 1.000 | 1.000 | 40 ms, 40 ms |" in out
+    assert "run_b: recorded at 128x96. SuperTux draws its sprites smaller" in out
+    assert out.splitlines()[-1] == "2 sessions: 2 labelled, 0 kept, 0 failed; DEATH 2, ATTACK 2, WIN 1"
     assert not list(dataset.glob("run_*/.*"))  # nothing temporary left
 
 
-def test_what_only_looks_like_a_death_at_half_size_is_none(dataset, monkeypatch):
+def test_what_only_looks_like_a_death_at_half_size_is_none(dataset):
     """The sprite has fine detail; its halved picture drawn twice as large matches at half size only."""
     rng = np.random.default_rng(1)
     smooth = np.asarray(
@@ -242,6 +347,8 @@ def test_what_only_looks_like_a_death_at_half_size_is_none(dataset, monkeypatch)
     folder = dataset / "detail" / "creatures" / "tux" / "small"
     folder.mkdir(parents=True)
     Image.fromarray(np.dstack([sprite, np.full((32, 40), 255, np.uint8)]), "RGBA").save(folder / "gameover-0.png")
+    Image.fromarray(np.dstack([sprite[::-1], np.full((32, 40), 255, np.uint8)]), "RGBA").save(folder / "gameover-1.png")
+    write_squish_sprites(dataset / "detail", rng)
     pictures = np.full((60, 96, 128, 3), 128, np.uint8)
     pictures[10:20, 20:52, 30:70] = decoy
     pictures[40:50, 63:95, 87:127] = sprite  # an odd place beside the border
@@ -251,10 +358,9 @@ def test_what_only_looks_like_a_death_at_half_size_is_none(dataset, monkeypatch)
     events = read_table(dataset / "few" / "run_c" / "events.parquet", EVENTS).to_pydict()
     assert events["frame_idx"] == [40]
 
-    monkeypatch.setattr(precompute_labels, "NEAR", -9)  # half size alone is deceived
-    main(arguments(dataset / "few", sprites=dataset / "detail", sprite_threshold=0.8, overwrite=True))
-    events = read_table(dataset / "few" / "run_c" / "events.parquet", EVENTS).to_pydict()
-    assert 10 in events["frame_idx"]
+    halved = grey(resize(torch.from_numpy(pictures[10].transpose(2, 0, 1))[None], 48, 64))
+    scores, _, _ = match(halved, load_sprites([folder / "gameover-0.png"], 0.5))
+    assert scores.max() > 0.8, "half size alone would be deceived"
 
 
 def test_metadata_tells_how_labels_were_made(dataset):
@@ -289,12 +395,15 @@ def test_labels_of_another_recording_are_an_error(dataset):
     with pytest.raises(SystemExit, match="(?s)1 of 2.*recording_bytes.*--overwrite"):
         main(arguments(dataset))
     main(arguments(dataset, overwrite=True))
-    assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["WIN"]
+    assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["ATTACK", "ATTACK", "WIN"]
 
 
 def test_unreadable_session_does_not_stop_the_others(dataset):
     (dataset / "run_a" / "recording.mp4").write_bytes(b"no video")
-    with pytest.raises(SystemExit, match="(?s)1 of 2 sessions were not labelled:.*run_a.*recording.mp4") as error:
+    with pytest.raises(
+        SystemExit,
+        match="(?s)1 of 2 sessions failed:.*run_a.*recording.mp4.*\n2 sessions: 1 labelled, 0 kept, 1 failed; DEATH 0",
+    ) as error:
         main(arguments(dataset))
     assert isinstance(error.value.code, str)  # printed to stderr, exit status 1
     assert (dataset / "run_b" / "returns.parquet").exists()
@@ -310,34 +419,72 @@ def test_fewer_rows_than_video_frames_uses_the_rows(dataset, capsys):
     assert read_table(dataset / "run_a" / "episodes.parquet", EPISODES)["end_frame"].to_pylist() == [30, 69]
 
 
-def test_labels_are_written_all_or_none(dataset, monkeypatch):
-    """A stop between two renames leaves a session without returns.parquet, which counts as not labelled."""
-    main(arguments(dataset))
-    rows = {"frame_idx": [1], "event": ["WIN"], "confidence": [1.0]}
-    episodes = {name: [] for name in EPISODES.names}
-    returns = {name: [] for name in RETURNS.names}
-
-    real, calls = os.replace, []
-
-    def stop_at_the_last(source, target):
+STOP_AT_WRITE = """
+import os, signal, sys
+import precompute_labels as script
+how, sprites, *sessions = sys.argv[1:]
+real, calls = os.replace, []
+def label(data_dir, write):
+    def stop(source, target):
         calls.append(target)
-        if (
-            ".labels.tmp" in str(source)
-            and str(target).endswith("episodes.parquet")
-            and "run_a/episodes" in str(target)
-        ):
-            raise KeyboardInterrupt
+        if len(calls) == write:
+            os.kill(os.getpid(), getattr(signal, how))
         real(source, target)
+    os.replace = stop
+    data_dir, sprites_ = script.Path(data_dir), script.Path(sprites)
+    script.main(script.Args(data_dir, sprites=sprites_, device="cpu", overwrite=True, gamma=0.5))
+if len(sessions) == 1:
+    label(sessions[0], 2)
+for write, session in enumerate(sessions, 1):
+    child = os.fork() or label(session, write)
+    assert os.waitpid(child, 0)[1] == getattr(signal, how)
+"""
 
-    monkeypatch.setattr(precompute_labels.os, "replace", stop_at_the_last)
-    with pytest.raises(KeyboardInterrupt):
-        write_labels(dataset / "run_a", rows, episodes, returns, {})
-    assert calls
-    assert not (dataset / "run_a" / "returns.parquet").exists()
-    monkeypatch.undo()
-    main(arguments(dataset))  # labels again, without --overwrite
-    assert len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 3
-    assert not (dataset / "run_a" / ".labels.tmp").exists()
+
+def killed_run(dataset, how, *data_dirs):
+    """A label run with gamma 0.5, ended by a signal before its second file is put in place; of several folders a run
+    each, the n-th ended before its n-th file is."""
+    command = [sys.executable, "-c", STOP_AT_WRITE, how, str(dataset / "sprites"), *map(str, data_dirs)]
+    return subprocess.run(command, cwd=Path(precompute_labels.__file__).parent, capture_output=True, text=True)
+
+
+def test_killed_label_run_leaves_a_session_labelled_or_as_before(dataset, capsys):
+    """SIGKILL before each of the six renames of a run: three write the new tables, three put them in place."""
+    names = [f"{name}.parquet" for name in ("events", "episodes", "returns")]
+    folder = dataset / "run_b"
+
+    def labels(folder):
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+    main(arguments(folder, gamma=0.5, sprites=dataset / "sprites"))
+    new = labels(folder)
+    main(arguments(folder, gamma=0.9, sprites=dataset / "sprites", overwrite=True))
+    old = labels(folder)
+    copies = [shutil.copytree(folder, dataset / f"copy_{write}" / "run_b") for write in range(1, 7)]
+    result = killed_run(dataset, "SIGKILL", *copies)
+    assert result.returncode == 0, result.stderr
+    for write, copy in enumerate(copies, 1):
+        assert (copy / ".labels.tmp").exists()
+        if write <= 3:
+            assert labels(copy) == old
+        else:
+            assert "returns.parquet" not in labels(copy)  # no labels, as far as training is concerned
+        main(arguments(copy, gamma=0.5, sprites=dataset / "sprites"))  # without --overwrite
+        assert labels(copy) == (old if write <= 3 else new)
+        assert not list(copy.glob(".*"))
+        assert "1 kept" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_ctrl_c_ends_with_130_and_a_summary(dataset):
+    main(arguments(dataset, gamma=0.9))
+    before = {p.name: p.read_bytes() for p in (dataset / "run_a").glob("*.parquet")}
+    result = killed_run(dataset, "SIGINT", dataset)
+    assert result.returncode == 130, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("2 sessions: 0 labelled, 0 kept, 0 failed; DEATH 0")
+    assert "stopped by Ctrl-C" in result.stdout
+    assert {p.name: p.read_bytes() for p in (dataset / "run_a").glob("*.parquet")} == before
+    main(arguments(dataset, gamma=0.9))  # keeps them
+    assert not list(dataset.glob("run_*/.*"))
 
 
 def test_a_failure_while_writing_keeps_the_old_labels(dataset):
@@ -361,17 +508,73 @@ def test_repeats_of_a_held_marker_are_no_presses(dataset):
 
 
 def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
-    with pytest.raises(SystemExit, match="no death sprites.*supertux-data.*--sprites"):
-        main(arguments(dataset, sprites=tmp_path / "nothing"))
-    with pytest.raises(SystemExit, match="event-stride is 0"):
-        main(arguments(dataset, event_stride=0))
-    with pytest.raises(SystemExit, match="KEY_BACKSLSH is no evdev key name"):
-        main(arguments(dataset, win_key="KEY_BACKSLSH"))
+    def fails(match, **changes):
+        with pytest.raises(SystemExit, match=match):
+            main(arguments(dataset, **changes))
+
+    fails("no sprites.*gameover-0.png.*supertux-data.*--sprites", sprites=tmp_path / "nothing")
+    fails("event-stride is 0", event_stride=0)
+    fails("KEY_BACKSLSH is no evdev key name", win_key="KEY_BACKSLSH")
+    fails(r"thresholds of ATTACK are \[85.0.*expected scores", attack_threshold=85.0)
+    fails("--template-thresholds gameover=0.9: expected NAME=SCORE.*gameover-0", template_thresholds=("gameover=0.9",))
+    fails("--template-thresholds gameover-0: expected NAME=SCORE", template_thresholds=("gameover-0",))
+    fails("--template-thresholds gameover-0=high: expected NAME=SCORE", template_thresholds=("gameover-0=high",))
     with pytest.raises(SystemExit, match="is not a folder"):
         main(arguments(dataset / "absent", sprites=dataset / "sprites"))
+    (dataset / "sprites" / "creatures" / "snowball" / "squished-left.png").unlink()
+    fails("squished-left.png", sprites=dataset / "sprites")
 
 
 def test_sprites_beside_the_data_are_used_where_the_game_is_missing(dataset, monkeypatch):
     monkeypatch.setattr(precompute_labels, "INSTALLED_SPRITES", dataset / "not_installed")
     main(arguments(dataset, sprites=None))
     assert len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 3
+
+
+def test_thresholds_hold_for_all_for_one_event_and_for_one_sprite(dataset):
+    def found(**changes):
+        result = main(arguments(dataset, overwrite=True, **changes))
+        return [sum(s[event] for s in result["sessions"].values()) for event in ("DEATH", "ATTACK", "WIN")]
+
+    assert found() == [2, 2, 1]
+    assert found(sprite_threshold=0.9999) == [0, 0, 1]
+    assert found(death_threshold=0.9999) == [0, 2, 1]
+    assert found(attack_threshold=0.9999) == [2, 0, 1]
+    assert found(sprite_threshold=0.9999, attack_threshold=0.85) == [0, 2, 1]
+    assert found(template_thresholds=("gameover-0=0.9999", "mrs-squished-left=0.9999")) == [0, 2, 1]
+    assert found(death_threshold=0.9999, template_thresholds=("gameover-0=0.8",)) == [2, 2, 1]
+    assert found(detect_events=False) == [0, 0, 1]
+
+
+def test_flags_have_both_spellings_and_the_environment(dataset):
+    words = ["--data_dir", str(dataset), "--sprites", str(dataset / "sprites"), "--attack_threshold", "0.9999"]
+    words += ["--overwrite", "true", "--device", "cpu", "--template_thresholds", "gameover-0=0.8", "gameover-1=0.9"]
+    command = [sys.executable, precompute_labels.__file__, *words]
+    environment = os.environ | {"REFLEX_TRAIN_DEATH_THRESHOLD": "0.9999"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "2 sessions: 2 labelled, 0 kept, 0 failed; DEATH 2, ATTACK 0, WIN 1"
+
+
+def test_table_of_the_comparison_adds_up_the_sizes():
+    part = {"truth": 4, "found": 3, "hits": 2, "offsets_ms": [-10, 50]}
+    rows = truth_table({("DEATH", "640x480"): part, ("DEATH", "800x600"): part | {"hits": 1, "offsets_ms": [90]}})
+    assert rows.splitlines()[2:5] == [
+        "| DEATH | 640x480 | 4 | 3 | 2 | 1 | 0.667 | 0.500 | 30 ms, 50 ms |",
+        "| DEATH | 800x600 | 4 | 3 | 3 | 2 | 0.333 | 0.250 | 90 ms, 90 ms |",
+        "| DEATH | all | 8 | 6 | 5 | 3 | 0.500 | 0.375 | 50 ms, 90 ms |",
+    ]
+
+
+def test_sizes_that_the_game_scales_are_warned_about(dataset):
+    session = load_session(dataset / "run_a")
+    for width, height in ((640, 480), (800, 600), (1368, 800)):
+        assert size_warning(session, width, height) == ""
+    assert "320x240" in size_warning(session, 320, 240) and "smaller" in size_warning(session, 640, 478)
+    assert "larger" in size_warning(session, 1920, 1080)
+
+
+def test_recording_without_truth_is_labelled_and_said_so(dataset, capsys):
+    (dataset / "run_b" / "truth.parquet").unlink()
+    result = main(arguments(dataset, truth=True))
+    assert result["truth"]["DEATH", "128x96"]["truth"] == 2
+    assert "run_b: no truth.parquet, not compared" in capsys.readouterr().out

@@ -88,6 +88,62 @@ def test_a_killed_recording_reads_as_the_older_form(tmp_path):
     assert load_session(killed).fps == 10.0
 
 
+def test_metadata_is_there_from_the_start_and_may_change_until_the_end(tmp_path):
+    writer = SessionWriter(tmp_path, 12.5, 64, 48, KEYS, {"game": "none"})
+    writer.metadata["dropped"] = 3
+    for i in range(4):
+        writer.frame(i * 100 * MS)
+    killed = load_session(tmp_path)
+    assert killed.fps == 12.5 and killed.metadata["game"] == "none" and json.loads(killed.metadata["keys"]) == KEYS
+    writer.close()
+    closed = load_session(tmp_path)
+    assert closed.metadata == killed.metadata | {"dropped": "3"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["frames.parquet", "inputs.parquet"]
+    (tmp_path / "session.json").write_text("[")
+    (tmp_path / "inputs.parquet").rename(tmp_path / "inputs.jsonl")
+    with pytest.raises(ValueError, match="inputs.jsonl"):
+        load_session(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["frames.parquet", "inputs.parquet", "truth.parquet"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_while_closing_loses_nothing(tmp_path, monkeypatch, file, error):
+    writer = SessionWriter(tmp_path, 10, 64, 48, KEYS, {})
+    for i in range(5):
+        writer.frame(i * 100 * MS)
+        writer.truth(i * 100 * MS, "pos", str(i))
+    writer.key(250 * MS, "KEY_RIGHT", "down")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(source, target):
+        if str(target).endswith(file):
+            raise error
+        replace(source, target)
+
+    replace = sessions.os.replace
+    monkeypatch.setattr(sessions.os, "replace", fail)
+    with pytest.raises(type(error)):
+        writer.close()
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.items() <= after.items() and not any("tmp" in name for name in after)
+    assert load_session(tmp_path).n_frames == 5
+    monkeypatch.undo()
+    writer.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["frames.parquet", "inputs.parquet", "truth.parquet"]
+    session = load_session(tmp_path)
+    assert session.n_frames == 5 and session.inputs["key_name"].to_pylist() == ["KEY_RIGHT"]
+    writer.close()
+    assert load_session(tmp_path).n_frames == 5
+
+
+def test_a_second_recording_does_not_overwrite_the_journals_of_a_killed_one(tmp_path):
+    killed = write(tmp_path / "run", [], close=False)
+    before = (killed / "frames.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="frames.jsonl"):
+        write(killed, [])
+    assert (killed / "frames.jsonl").read_bytes() == before
+
+
 def test_the_oldest_spelling_and_missing_columns_are_read(tmp_path):
     (tmp_path / "frames.jsonl").write_text("".join(f'{{"frame_idx": {i}, "timestamp": {i * 100}}}\n' for i in range(5)))
     row = {"timestamp": 200, "event_type": "key", "key_code": 17, "key_name": "Key(KEY_W)", "state": "down"}
@@ -105,6 +161,12 @@ def test_mouse_rows(tmp_path):
         writer.mouse(150 * MS, 7, 9)
     xy, known = sessions.mouse_table(load_session(tmp_path / "run"))
     assert known.tolist() == [False, False, True, True] and xy[2].tolist() == [7, 9]
+    path = tmp_path / "run" / "inputs.parquet"
+    row = pq.read_table(path).to_pylist()[0]
+    without = row | {"timestamp": row["timestamp"] + 100, "x": None}
+    pq.write_table(pa.Table.from_pylist([row, without], INPUTS), path)
+    xy, known = sessions.mouse_table(load_session(tmp_path / "run"))
+    assert known.tolist() == [False, False, True, True] and xy[3].tolist() == [7, 9], "a row without a place is skipped"
 
 
 def test_errors_name_the_file_and_the_row(tmp_path):
@@ -132,8 +194,30 @@ def test_errors_name_the_file_and_the_row(tmp_path):
     broken("lacks the column 'timestamp'", {"frame_idx": columns["frame_idx"]})
     broken("not a readable parquet", data=b"PAR1 not really")
     broken("not a readable parquet", data=b"")
+    broken("row 4 has no 'timestamp'", columns | {"timestamp": [*range(4), None, *range(5, 20)]}, FRAMES)
+    for rate in ("fast", "0", "-10", "nan"):
+        broken(f"has fps '{rate}'", columns, FRAMES.with_metadata({"fps": rate}))
     newer = FRAMES.with_metadata({"schema_version": "2"})
     broken("schema version 2", columns, newer)
+
+
+def test_errors_of_the_older_form_name_the_line_or_the_value(tmp_path):
+    folder = write(tmp_path / "run", [(300, "KEY_RIGHT", "down")], close=False)
+    path = folder / "frames.jsonl"
+    lines = path.read_text().splitlines()
+    for damaged, match in (
+        ([*lines[:3], "{half", *lines[3:]], "frames.jsonl, line 4 is no JSON object"),
+        ([*lines[:3], "[1, 2]", *lines[3:]], "frames.jsonl, line 4 is no JSON object"),
+        ([lines[0].replace(": 0", ': "zero"'), *lines[1:]], "frames.jsonl has a value of another type"),
+        ([lines[0].replace("timestamp", "time"), *lines[1:]], "row 0 has no 'timestamp'"),
+        ([*lines, "\ufffd\x00"], None),  # only the last line may be broken
+    ):
+        path.write_text("\n".join(damaged) + "\n")
+        if match:
+            with pytest.raises(ValueError, match=match):
+                load_session(folder)
+        else:
+            assert load_session(folder).n_frames == 20
 
 
 def test_write_leaves_no_half_file(tmp_path):

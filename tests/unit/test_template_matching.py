@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.template_matching import load_sprites, make_bank, match, score_maps
+from common import template_matching
+from common.template_matching import exact_score, load_sprites, make_bank, match, score_maps
 from tests.reference import masked_zncc
 
 H, W = 40, 56
@@ -18,8 +19,9 @@ def random_template(rng, h, w):
     return rng.uniform(0, 255, (h, w)), mask
 
 
-def difficult_frames(rng):
-    """Noise; noise of 1.2 grey levels on white and on black, beside full contrast; a gradient; half constant."""
+def difficult_frames(rng, H=H, W=W):
+    """Noise; noise of 1.2 grey levels on white and on black, beside full contrast; a quiet corner; a gradient; half
+    constant."""
     quiet = rng.normal(0, 1.2, (H, W))
     contrast = rng.integers(0, 2, (H, W)) * 255.0
     left = np.arange(W) < W // 2
@@ -28,6 +30,7 @@ def difficult_frames(rng):
         "quiet_bright": np.clip(250 + quiet, 0, 255),
         "quiet_beside_contrast": np.where(left, np.clip(252 + quiet, 0, 255), contrast),
         "quiet_beside_white": np.where(left, np.clip(3 + quiet, 0, 255), 255.0),
+        "quiet_corner": np.where(np.add.outer(np.arange(H), np.arange(W)) < W // 8, 3 + quiet, 255.0),
         "gradient": np.tile(np.linspace(0, 255, W), (H, 1)),
         "half_constant": np.where(left, 128.0, rng.uniform(0, 255, (H, W))),
     }
@@ -46,6 +49,64 @@ def test_equals_float64_reference_at_every_position(kind, size):
     error = np.abs(scores[0].numpy() - expected)
     assert error[deviation > 1].max(initial=0) < 1e-4
     assert (scores[0].numpy()[deviation < 1] == 0).all()  # flat by definition
+
+
+@pytest.mark.parametrize("max_candidates", [0, 1, 128, 10**6])
+@pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
+def test_match_finds_the_float64_maximum(kind, max_candidates, monkeypatch):
+    """However many positions float32 leaves in question: 0 decides by maps always, 10**6 by single positions."""
+    monkeypatch.setattr(template_matching, "MAX_CANDIDATES", max_candidates)
+    rng = np.random.default_rng(20)
+    frame = difficult_frames(rng)[kind].astype(np.float32)
+    templates = [random_template(rng, *size) for size in ((11, 15), (7, 4), (3, 4), (H, 9), (H, W))]
+    bank = make_bank(list("abcde"), *zip(*templates, strict=True))
+    score, y, x = match(torch.from_numpy(frame)[None], bank)
+    for t, (grey, mask) in enumerate(templates):
+        expected, deviation = masked_zncc(frame, grey, mask)
+        expected[deviation <= 1] = 0
+        assert abs(score[0, t] - expected.max()) < (1e-6 if max_candidates == 10**6 else 1e-4)
+        assert expected[y[0, t], x[0, t]] == pytest.approx(expected.max(), abs=1e-4)
+
+
+def test_of_equal_positions_the_first_is_taken():
+    """A pattern that repeats every 8 pixels: all its positions score 1, in float64 and in float32."""
+    rng = np.random.default_rng(21)
+    tile = rng.integers(0, 256, (8, 8))
+    bank = make_bank(["t"], [np.tile(tile, (2, 2))[3:12, 5:15]], [np.ones((9, 10), bool)])
+    score, y, x = match(torch.from_numpy(np.tile(tile, (5, 7))).float()[None], bank)
+    assert score.item() == pytest.approx(1, abs=1e-6) and (y.item(), x.item()) == (3, 5)
+
+
+def test_exact_score_is_the_reference():
+    rng = np.random.default_rng(22)
+    grey, mask = random_template(rng, 9, 12)
+    frame = np.where(np.arange(W) < W // 2, 100 + rng.normal(0, 1.0, (H, W)), rng.uniform(0, 255, (H, W)))
+    template = make_bank(["t"], [grey], [mask]).templates[0].numpy()
+    expected, deviation = masked_zncc(frame, grey, mask)
+    for y, x in np.ndindex(expected.shape):
+        right = expected[y, x] if deviation[y, x] > 1 else 0
+        assert exact_score(frame, template, mask, y, x) == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
+def test_float32_stays_within_half_its_bounds(kind):
+    """`match` rules positions out by these bounds, so they have to hold on frames made to be difficult."""
+    rng = np.random.default_rng(23)
+    frame = difficult_frames(rng, 480, 640)[kind].astype(np.float32)
+    templates = [random_template(rng, *size) for size in ((3, 4), (12, 12), (48, 40))]
+    bank = make_bank(list("abc"), *zip(*templates, strict=True))
+    single, double = (
+        template_matching._correlations(torch.from_numpy(frame)[None], bank, range(3), dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for template, (_, mask), (correlation, variance), (_, exact) in zip(
+        bank.templates, templates, single, double, strict=True
+    ):
+        assert (variance - exact).abs().max() < template_matching.VARIANCE_ERROR / 2
+        h, w = mask.shape
+        for y, x in rng.integers(0, (480 - h, 640 - w), (100, 2)):
+            expected = (frame[y : y + h, x : x + w].astype(np.float64) * template.numpy()).sum() / np.sqrt(mask.sum())
+            assert abs(correlation[0, y, x] - expected) < template_matching.SCORE_ERROR / 2
 
 
 def test_flat_frames_score_zero_and_stay_finite():
@@ -98,6 +159,17 @@ def test_many_frames_and_templates_give_the_same_as_one_by_one():
             alone = match(frames[n : n + 1], make_bank(["t"], [greys[t]], [masks[t]]))
             for result, expected in zip(together, alone, strict=True):
                 assert result[n, t] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_maps_of_many_frames_are_those_of_each():
+    """Also of odd sizes, whose transforms are padded: 37x53 is searched as 40x54."""
+    rng = np.random.default_rng(24)
+    frames = torch.from_numpy(rng.uniform(0, 255, (4, 37, 53))).float()
+    templates = [random_template(rng, h, w) for h, w in ((9, 12), (5, 7))]
+    bank = make_bank(list("ab"), *zip(*templates, strict=True))
+    for scores, (grey, mask) in zip(score_maps(frames, bank), templates, strict=True):
+        for frame, found in zip(frames.numpy(), scores.numpy(), strict=True):
+            np.testing.assert_allclose(found, masked_zncc(frame, grey, mask)[0], atol=1e-5)
 
 
 def test_spectra_are_kept_per_frame_size():
