@@ -76,7 +76,7 @@ train-custom: .venv/.core ## train with EPOCHS=, BATCH_SIZE=, LR= and any FLAGS=
 	$(TRAIN) --exp-name iql_reflex_custom --checkpoint-dir $(CHECKPOINTS) $(TRAIN_FLAGS)
 
 export: .venv/.core ## a checkpoint, CKPT= or the newest run's best.pt, as ONNX for playing: OUT=
-	.venv/bin/python export_reflex.py --checkpoint $(CKPT) --output $(OUT)
+	.venv/bin/python export_reflex.py --checkpoint $(CKPT) --output $(OUT) $(FLAGS)
 
 test: .venv/.test ## all tests; those of the game skip where SuperTux or Xvfb is missing
 	.venv/bin/pytest tests/static tests/unit tests/smoke tests/game
@@ -117,8 +117,7 @@ sample: .venv/.test ## record the sessions of sample_dataset again, into build/s
 	cp -r sample_dataset/sprites sample_dataset/README.md build/sample
 	@echo "== to take them over: rm -r sample_dataset && mv build/sample sample_dataset"
 
-fresh-labels: .venv/.test ## record 28 new sessions into build/fresh, compare their labels with what the game reported: 40 minutes
-	rm -rf build/fresh
+fresh-labels: .venv/.test ## record 28 new sessions into build/fresh (those not there yet), compare their labels with what the game reported
 	printf '%s\n' "skilled 640 480 "{200..211} "skilled 800 600 "{212..219} "sloppy 640 480 "{220..223} "sloppy 800 600 "{224..227} \
-	| xargs -P 2 -L 1 sh -c 'for try in 1 2 3; do $(RECORD) --output build/fresh --name run_$$3 --demonstrator $$0 --width $$1 --height $$2 --seed $$3 --seconds 90 && exit; done; exit 1'
-	.venv/bin/python precompute_labels.py --data-dir build/fresh --truth
+	| xargs -P 2 -L 1 sh -c 'test -e build/fresh/run_$$3/frames.parquet || $(RECORD) --output build/fresh --name run_$$3 --demonstrator $$0 --width $$1 --height $$2 --seed $$3 --seconds 90'
+	.venv/bin/python precompute_labels.py --data-dir build/fresh --truth --overwrite

@@ -107,7 +107,8 @@ class Eyes:
             _, left, top = SUITS[self.suit]
             self.tux_xy = (2 * best[3] + left, 2 * best[2] + top)
         limits = TILE * np.array(self.terrain.solid.shape[::-1]) - (2 * W, 2 * H)  # the camera stays inside the level
-        camera_x, camera_y = np.clip((x - self.tux_xy[0], y - self.tux_xy[1]), 0, limits)
+        limits = np.where(limits < 0, limits / 2, limits)  # one smaller than the screen lies in its middle
+        camera_x, camera_y = np.clip((x - self.tux_xy[0], y - self.tux_xy[1]), np.minimum(0, limits), limits)
         self.camera = (float(camera_x), float(camera_y))
 
     def _find_enemies(self, grey: np.ndarray, x: float, feet: float) -> list[Enemy]:
