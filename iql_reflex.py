@@ -717,13 +717,13 @@ def plot_evaluation(path: Path, metrics: dict, details: dict, keys: list[str]):
         height = [metrics.get(metric + suffix, 0.0) for metric in compared.values()]
         axes["baselines"].bar(np.arange(len(compared)) + 0.16 * (j - 2), height, 0.16, label=name)
     labels = [label.replace(",", "").replace(" ", "\n") for label in compared]
-    axes["baselines"].set(title="beside the baselines", ylim=(0, 1), xticks=range(len(compared)), xticklabels=labels)
+    axes["baselines"].set(title="beside the baselines", ylim=(0, 1.15), xticks=range(len(compared)), xticklabels=labels)
     axes["baselines"].tick_params(axis="x", labelsize=7)
     axes["value"].plot(details["returns"], label="return")
     axes["value"].plot(details["value"], linewidth=0.8, label="value")
     axes["value"].set(title="value head", xlabel="held-out frame")
     for name in ("keys", "baselines", "value"):
-        axes[name].legend()
+        axes[name].legend(ncols=5 if name == "baselines" else 1, fontsize=8)
     headings, rows = table_of_keys(per_key)
     axes["table"].axis("off")
     axes["table"].table(rows, rowLabels=keys, colLabels=headings, loc="center")

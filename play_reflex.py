@@ -245,6 +245,8 @@ def evaluate(args: Eval) -> dict:
         if args.debounce < 1 or args.max_keys < 0 or not 0 <= (args.threshold or 0) <= 1:
             found = f"--debounce {args.debounce} --max-keys {args.max_keys} --threshold {args.threshold}"
             raise ValueError(f"{found}: expected at least 1, at least 0, and 0..1")
+        if not args.session.name:  # "."
+            args = dataclasses.replace(args, session=args.session.resolve())
         policy = Policy(args.model, args.manifest)
         folders = find_sessions(args.session)
         if folders != [args.session]:
@@ -255,7 +257,7 @@ def evaluate(args: Eval) -> dict:
         N, h = len(frames), policy.horizon
         if N <= h + 1:
             raise ValueError(f"{args.session} has {N} frames to decide on, expected {h + 2} or more")
-        output = args.output or args.model.with_name(f"{args.model.stem}_eval_{session.folder.resolve().name}")
+        output = args.output or args.model.with_name(f"{args.model.stem}_eval_{session.name}")
         check_output(output, args.overwrite)
         unfinished = output.with_name(f".{output.name}.tmp")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -14,7 +14,7 @@ recordings have. Page: docs/precompute_labels.md
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -52,6 +52,7 @@ SCALE = 0.5  # of the frames that are searched whole
 NEAR = {"DEATH": 0.1, "ATTACK": 0.2}  # below the threshold: from there at half size, full size decides
 PLACES = 16  # in a frame that full size looks at, at most
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
+MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
 
 
@@ -60,7 +61,7 @@ class Args:
     data_dir: Path = Path("dataset")
     """folder of sessions (run_*), or one session"""
     sprites: Path | None = None
-    """folder that holds creatures/; None: the installed SuperTux's images, else <data_dir>/sprites"""
+    """folder that holds creatures/; None: the installed SuperTux's images, else sprites/ in data_dir or beside it"""
     device: str = "auto"
     """where sprites are matched: auto, cpu or cuda[:n]"""
     overwrite: bool = False
@@ -340,7 +341,9 @@ def load_banks(args: Args) -> list[Sprites]:
 
     Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
     """
-    folders = [INSTALLED_SPRITES, args.data_dir / "sprites"] if args.sprites is None else [args.sprites]
+    folders = [args.sprites] if args.sprites is not None else [INSTALLED_SPRITES, args.data_dir / "sprites"]
+    if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
+        folders.append(args.data_dir.parent / "sprites")
     missing = {f: [p for paths in SPRITES.values() for p in paths if not (f / p).exists()] for f in folders}
     folder = next((f for f in folders if not missing[f]), None)
     if folder is None:
@@ -447,6 +450,7 @@ def label_session(
         row["timestamp"]
         for row in session.inputs.to_pylist()
         if row["key_name"] in (args.win_key, f"Key({args.win_key})") and row["state"] == "down"
+        if times[0] - MARGIN_MS <= row["timestamp"] <= times[-1] + MARGIN_MS  # what was won is in the video
     ]
     wins = win_events(
         np.array(presses), times, args.win_key_min_presses, args.win_key_window_s, args.win_key_cooldown_s
@@ -513,8 +517,12 @@ def main(args: Args) -> dict:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
         )
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
+        given = f"--gamma {args.gamma} --half-life-s {args.half_life_s}"
+        raise SystemExit(f"{given}: expected a gamma of 0 to 1, and a half-life above 0")
+    args = replace(args, data_dir=args.data_dir if args.data_dir.name else args.data_dir.resolve())  # "." has no name
     try:
+        device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
         folders = find_sessions(args.data_dir)
         banks = load_banks(args) if args.detect_events else []
     except (ValueError, OSError) as error:
@@ -528,7 +536,7 @@ def main(args: Args) -> dict:
             n = min(session.n_frames, reader.n_frames)
             if session.n_frames != reader.n_frames:
                 print(f"{folder}: {session.n_frames} rows, {reader.n_frames} video frames; the first {n} are labelled")
-            if warning := size_warning(session, reader.width, reader.height):
+            if args.detect_events and (warning := size_warning(session, reader.width, reader.height)):
                 print(warning)
 
             # Label

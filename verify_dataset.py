@@ -524,6 +524,13 @@ def main(args: Args) -> dict:
     """Check every session, and repair where asked for. Ends with status 1 if a finding is an error."""
     data_dir, started, findings = args.data_dir or args.dataset, time.monotonic(), []
     data_dir = data_dir if data_dir.name else data_dir.resolve()  # "." has no name
+    if args.output:
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--output {args.output}: {error.filename} cannot be made ({error.strerror})") from None
+        if not os.access(args.output.parent, os.W_OK):
+            raise SystemExit(f"{args.output.parent} cannot be written to. Name another --output, None draws nothing.")
     try:
         if data_dir.is_dir() and not (data_dir / "recording.mp4").exists():
             findings += check_folder(data_dir)

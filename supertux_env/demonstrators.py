@@ -69,6 +69,7 @@ class Eyes:
         self.walkers = _walkers()
         self.suit = "small"
         self.tux_xy = (0.0, 0.0)  # his hit box on the screen, pixels
+        self.seen = False  # he was found in the last picture
         self.camera: tuple[float, float] | None = None  # place of the screen's top left corner in the level
 
     def look(self, frame: np.ndarray, position: tuple[float, float, float, float]) -> View:
@@ -84,10 +85,11 @@ class Eyes:
         return View(x, feet, vx, vy, self.suit, self._stands(x, feet, vy), enemies, camera_x + frame.shape[1])
 
     def _find_camera(self, grey: np.ndarray, x: float, y: float):
-        """Where the camera is, from where Tux is drawn: around his last place on the screen, at first everywhere."""
+        """Where the camera is, from where Tux is drawn: around his last place on the screen; at first, and after a
+        picture in which he was not found, everywhere."""
         H, W = grey.shape
         y0, y1, x0, x1 = 0, H, 0, W
-        if self.camera is not None:
+        if self.camera is not None and self.seen:
             left, top = int(self.tux_xy[0]) // 2, int(y - self.camera[1]) // 2
             y0, x0 = int(np.clip(top - 20, 0, H - 72)), int(np.clip(left - 28, 0, W - 72))
             y1, x1 = y0 + 72, x0 + 72
@@ -102,7 +104,8 @@ class Eyes:
                     best = (score, suit, y0 + index // width, x0 + index % width)
             if best[0] > TUX_SCORE:
                 break
-        if best[0] > TUX_SCORE or self.camera is None:
+        self.seen = best[0] > TUX_SCORE
+        if self.seen or self.camera is None:
             self.suit = best[1]
             _, left, top = SUITS[self.suit]
             self.tux_xy = (2 * best[3] + left, 2 * best[2] + top)

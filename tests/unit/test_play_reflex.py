@@ -281,7 +281,7 @@ def test_an_error_half_way_keeps_the_old_results(session, tmp_path, monkeypatch)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_sessions_that_cannot_be_played_are_named(session, tmp_path, capsys):
+def test_sessions_that_cannot_be_played_are_named(session, tmp_path, capsys, monkeypatch):
     model = write_model(tmp_path)
     with pytest.raises(SystemExit, match="nowhere is not a folder"):
         p.main(p.Eval(model=model, session=tmp_path / "nowhere"))
@@ -298,3 +298,5 @@ def test_sessions_that_cannot_be_played_are_named(session, tmp_path, capsys):
     write_table(run / "frames.parquet", longer, FRAMES, {"fps": "10"})
     assert p.main(p.Eval(model=model, session=run, video=False))["frames"] == 40
     assert "has 40 frames for 50 rows" in capsys.readouterr().out
+    monkeypatch.chdir(run)
+    assert p.main(p.Eval(model=model, session=Path("."), video=False, overwrite=True))["session"] == "run_2"

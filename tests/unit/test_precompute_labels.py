@@ -507,6 +507,17 @@ def test_repeats_of_a_held_marker_are_no_presses(dataset):
     assert events["event"] == ["DEATH", "DEATH", "WIN"] and events["frame_idx"][2] == 114
 
 
+def test_a_win_key_far_outside_the_video_is_no_win(dataset):
+    path, times = dataset / "run_b" / "inputs.parquet", load_session(dataset / "run_b").timestamps
+    table = read_table(path, INPUTS)
+    for press, win in ((times[0] - 1100, []), (times[-1] + 1100, []), (times[-1] + 900, [len(times) - 1])):
+        row = {"timestamp": press, "event_type": "key", "key_name": WIN_KEY, "state": "down"}
+        rows = [*table.to_pylist(), dict.fromkeys(INPUTS.names) | row]
+        write_table(path, {name: [r[name] for r in rows] for name in INPUTS.names}, INPUTS)
+        main(arguments(dataset, overwrite=True, detect_events=False))
+        assert read_table(dataset / "run_b" / "events.parquet", EVENTS)["frame_idx"].to_pylist() == win
+
+
 def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
     def fails(match, **changes):
         with pytest.raises(SystemExit, match=match):
@@ -514,6 +525,9 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
 
     fails("no sprites.*gameover-0.png.*supertux-data.*--sprites", sprites=tmp_path / "nothing")
     fails("event-stride is 0", event_stride=0)
+    fails("--gamma 1.5 .*expected a gamma of 0 to 1", gamma=1.5)
+    fails("--half-life-s 0.*half-life above 0", half_life_s=0)
+    fails("--device foo: expected", device="foo")
     fails("KEY_BACKSLSH is no evdev key name", win_key="KEY_BACKSLSH")
     fails(r"thresholds of ATTACK are \[85.0.*expected scores", attack_threshold=85.0)
     fails("--template-thresholds gameover=0.9: expected NAME=SCORE.*gameover-0", template_thresholds=("gameover=0.9",))
@@ -529,6 +543,10 @@ def test_sprites_beside_the_data_are_used_where_the_game_is_missing(dataset, mon
     monkeypatch.setattr(precompute_labels, "INSTALLED_SPRITES", dataset / "not_installed")
     main(arguments(dataset, sprites=None))
     assert len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 3
+    monkeypatch.chdir(dataset / "run_a")
+    for one_session in (dataset / "run_a", Path(".")):
+        result = main(arguments(one_session, sprites=None, overwrite=True))
+        assert result["sessions"]["run_a"]["DEATH"] == 2
 
 
 def test_thresholds_hold_for_all_for_one_event_and_for_one_sprite(dataset):

@@ -203,6 +203,8 @@ def test_what_is_no_data_set_is_explained(tmp_path):
     for name, message in (("file", "is not a folder"), ("none", "is not a folder"), ("empty", "holds no session")):
         with pytest.raises(SystemExit, match=message):
             main(Args(dataset=tmp_path / name, output=None))
+    with pytest.raises(SystemExit, match="--output .*file/stack.png: .*cannot be made"):
+        main(Args(dataset=tmp_path / "empty", output=tmp_path / "file" / "stack.png"))
 
 
 def test_folders_without_a_video_or_unreadable(tmp_path, monkeypatch, capsys):
