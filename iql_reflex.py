@@ -572,7 +572,7 @@ def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: in
     predicted, always_on, rate = probability > thresholds, np.ones_like(true), true.mean(0)
     changed = true != before  # (N, K), repeat-last is wrong on each of them
     rng = np.random.default_rng(args.seed)
-    shifts = rng.integers(1, len(true), 100)  # a random policy of equal rates: ours, at another time
+    shifts = rng.integers(1, max(2, len(true)), 100)  # a random policy of equal rates: ours, at another time
     random = [np.roll(predicted, shift, axis=0) for shift in shifts]
 
     def key_f1(keys) -> float:
@@ -732,7 +732,7 @@ def plot_evaluation(path: Path, metrics: dict, details: dict, keys: list[str]):
 
 def write_video(path: Path, network, recording: Recording, thresholds, keys: list[str], args: Args, device):
     """eval.mp4: the stretch of a held-out recording in which the player's keys change most, with both players' keys."""
-    length = min(int(args.video_seconds * recording.fps), len(recording.usable))
+    length = max(1, min(int(args.video_seconds * recording.fps), len(recording.usable)))
     changes = np.r_[0, (np.diff(recording.keys.astype(int), axis=0) != 0).any(1)] * recording.usable
     start = int(np.convolve(changes, np.ones(length), "valid").argmax())
     stop = start + length
@@ -769,12 +769,20 @@ def main(args: Args) -> dict:
             raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
         if args.bootstrap < 1:
             raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
+        if args.action_horizon < 0 or not 0 <= args.val_fraction <= 0.5 or args.batch_size < 1:
+            given = f"--action-horizon {args.action_horizon} --val-fraction {args.val_fraction}"
+            raise ValueError(f"{given} --batch-size {args.batch_size}: expected 0 or more, 0 to 0.5, and 1 or more")
         folders = find_sessions(args.data_dir)
         train_folders, heldout_folders = split_sessions(folders, args.heldout)
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
         recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]
         heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
-        data_files = [folder / name for folder in folders for name in ("recording.mp4", "returns.parquet")]
+        if sum(int(recording.usable.sum()) for recording in heldout) < 2:
+            names = ", ".join(recording.name for recording in heldout)
+            raise ValueError(f"{names}: no two held-out frames to score on. Name longer sessions with --heldout")
+        names = [f"{name}.{form}" for name in ("returns", "episodes", "inputs") for form in ("parquet", "jsonl")]
+        data_files = [folder / name for folder in folders for name in ("recording.mp4", *names)]
+        data_files = [path for path in data_files if path.exists()]
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
     except (ValueError, OSError) as error:

@@ -40,15 +40,16 @@ def make_run_dir(args, script: Path | str, task: str) -> Path:
 
 def cli_words(args_class: type, env_prefix: str) -> list[str]:
     """The command line, in words tyro reads: environment variables `{env_prefix}{FIELD}` come first, so that flags beat
-    them, and `--flag true` or `--flag false` stands for `--flag` or `--no-flag`."""
+    them (those of another script are named and left out), and `--flag true` or `--flag false` stands for `--flag` or
+    `--no-flag`."""
     fields = {field.name: field for field in dataclasses.fields(args_class)}
     words = []
     for name, value in os.environ.items():
         if name.startswith(env_prefix):
             field = name.removeprefix(env_prefix).lower()
             if field not in fields:
-                print(f"{name}: there is no --{field.replace('_', '-')}. Unset it, or see --help.", file=sys.stderr)
-                raise SystemExit(2)
+                print(f"{name} is left out: there is no --{field.replace('_', '-')} here", file=sys.stderr)
+                continue  # another script's
             words += [f"--{field}", value]
     result = []
     for word in words + sys.argv[1:]:
