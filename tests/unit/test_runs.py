@@ -70,6 +70,8 @@ def test_command_line_words(monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         return tyro.cli(Args, args=runs.cli_words(Args, "TEST_"))
 
+    assert parse(TEST_NOTHING="1") == Args()  # of another script
+    assert "TEST_NOTHING is left out" in capsys.readouterr().err
     assert parse("--use-awr", "false").use_awr is False
     assert parse("--use_awr", "True").use_awr is True
     assert parse("--no-use-awr").use_awr is False
@@ -77,8 +79,6 @@ def test_command_line_words(monkeypatch, capsys):
     assert parse("--lr", "0.3", TEST_LR="0.2", TEST_EPOCHS="4", TEST_USE_AWR="false") == Args(
         lr=0.3, epochs=4, use_awr=False
     )
-    assert parse(TEST_NOTHING="1") == Args()  # of another script
-    assert "TEST_NOTHING is left out" in capsys.readouterr().err
 
 
 def test_devices():
