@@ -387,13 +387,36 @@ def mend_tables(tables: dict[str, pa.Table], n_video: int) -> tuple[dict[str, pa
     return mended, notes
 
 
-def repair(folder: Path, findings: list[Finding]) -> list[str]:
-    """Mend a session; returns what was done. Tables that cannot be read, and the video, stay as they are."""
-    tables = {name: table for name in RECORDED if (table := read(folder, name)[0]) is not None}
-    try:
-        mended, notes = mend_tables(tables, VideoReader(folder / "recording.mp4").n_frames)
-    except (ValueError, OSError):
+def cut_to_boxes(video: Path) -> list[str]:
+    """Mend an mp4 that a full disk cut off inside a box's head, which FFmpeg does not open: keep the whole boxes."""
+    data, end = video.read_bytes(), 0
+    while 8 <= (size := int.from_bytes(data[end : end + 4], "big")) <= len(data) - end:
+        end += size
+    if not 0 < end < len(data):
         return []
+    temporary = video.with_name(".recording.tmp.mp4")
+    temporary.write_bytes(data[:end])
+    try:
+        VideoReader(temporary)
+    except ValueError:
+        temporary.unlink()
+        return []
+    kept = set_aside(video, copy=True)
+    os.replace(temporary, video)
+    return [f"{video.name} cut off after its last whole part, {len(data) - end} bytes; {kept} is the old one"]
+
+
+def repair(folder: Path, findings: list[Finding]) -> list[str]:
+    """Mend a session; returns what was done. Tables that cannot be read stay as they are."""
+    tables = {name: table for name in RECORDED if (table := read(folder, name)[0]) is not None}
+    video, cut = folder / "recording.mp4", []
+    try:
+        if any(f.file == video.name and "cannot be opened" in f.found for f in findings):
+            cut = cut_to_boxes(video)
+        mended, notes = mend_tables(tables, VideoReader(video).n_frames)
+    except (ValueError, OSError):
+        return cut
+    notes = cut + notes
     for name, table in mended.items():
         path, journal = folder / f"{name}.parquet", folder / f"{name}.jsonl"
         if not path.exists() or other_types(path, RECORDED[name]) or not table.equals(tables[name]):
@@ -402,9 +425,10 @@ def repair(folder: Path, findings: list[Finding]) -> list[str]:
             notes.append(f"{path.name} written from {origin}")
         if journal.exists():
             notes.append(f"{journal.name} kept as {set_aside(journal)}")
-    if any(f.severity == "error" and f.file.removesuffix(".parquet") in LABELS for f in findings):
+    if cut or any(f.severity == "error" and f.file.removesuffix(".parquet") in LABELS for f in findings):
         kept = [set_aside(path) for name in LABELS if (path := folder / f"{name}.parquet").exists()]
-        notes.append(f"{', '.join(kept)}: labels set aside; {fill(LABEL, folder)}")
+        if kept:
+            notes.append(f"{', '.join(kept)}: labels set aside; {fill(LABEL, folder)}")
     for path in leftovers(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         notes.append(f"{path.name} removed")

@@ -82,6 +82,13 @@ def delete(*names: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / name).unlink() for name in names] and None
 
 
+def cut_in_head(folder: Path):
+    """As a full disk can: the last bytes of a fragment's head are missing, and FFmpeg opens no such file."""
+    data = (folder / "recording.mp4").read_bytes()
+    head = data.rindex(b"moof") - 4
+    (folder / "recording.mp4").write_bytes(data[: head + int.from_bytes(data[head : head + 4], "big") - 4])
+
+
 def cut_video(folder: Path):
     data = (folder / "recording.mp4").read_bytes()
     (folder / "recording.mp4").write_bytes(data[: len(data) * 6 // 10])
@@ -152,8 +159,10 @@ def mouse(c: dict) -> dict:
 STILL = np.random.default_rng(0).integers(0, 255, (1, 48, 64, 3), np.uint8).repeat(N, 0)
 KINDS = {
     "truncated video": Kind(
-        cut_video, "error", "frames.parquet", r"40 rows, recording.mp4 \d+ frames", "", True, "recording_bytes|_frames"
+        *(cut_video, "error", "frames.parquet", r"40 rows, recording.mp4 \d+ frames"),
+        *("recording_bytes", True, "recording_bytes|_frames"),
     ),
+    "video cut in a head": Kind(cut_in_head, "error", "recording.mp4", "cannot be opened", "recording.mp4", True),
     "garbage video": Kind(
         write("recording.mp4", bytes(range(256)) * 40), "error", "recording.mp4", "cannot be opened", "recording.mp4"
     ),
