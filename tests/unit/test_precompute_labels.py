@@ -422,6 +422,7 @@ def test_fewer_rows_than_video_frames_uses_the_rows(dataset, capsys):
 STOP_AT_WRITE = """
 import os, signal, sys
 import precompute_labels as script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background begin with it ignored
 how, sprites, *sessions = sys.argv[1:]
 real, calls = os.replace, []
 def label(data_dir, write):
