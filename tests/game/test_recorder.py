@@ -400,6 +400,7 @@ def test_a_full_disk_keeps_what_was_recorded(tmp_path, display, recorder):
     assert process.wait(60) == 1
     words = said(process)
     assert "File too large" in words and "--repair" in words, words
+    assert load_session(tmp_path / "run_1").n_frames >= 10
     command = [sys.executable, "verify_dataset.py", str(tmp_path / "run_1"), "--repair", "--output", "None"]
     subprocess.run(command, cwd=ROOT, capture_output=True)  # a red pane is a still picture, which is an error
     session = load_session(tmp_path / "run_1")
