@@ -196,10 +196,11 @@ class Game:
 
 
 def _start(command: list[str], **options) -> subprocess.Popen:
-    """Its own session: Ctrl-C reaches the recorder alone, which stops the X server last. The kernel ends it with
-    the thread that started it (prctl 1 is PR_SET_PDEATHSIG), so that a killed recorder leaves nothing behind."""
+    """Its own session: Ctrl-C reaches the recorder alone, which stops the X server last. The kernel kills it with the
+    thread that started it (prctl 1 is PR_SET_PDEATHSIG), so that a killed recorder leaves nothing behind. SIGTERM would
+    not do: a game that loses its X server while it quits can hang."""
     libc = ctypes.CDLL(None)  # before the fork
-    die_with_parent = partial(libc.prctl, 1, signal.SIGTERM)
+    die_with_parent = partial(libc.prctl, 1, signal.SIGKILL)
     return subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, **options)
 
 
