@@ -83,23 +83,23 @@ def resume_args(args, may_change: tuple[str, ...]):
     return type(args)(**saved | {"resume": args.resume})
 
 
-def check_checkpoint_dir(args, pattern: str, script: Path | str):
-    """Raise ValueError where `args.checkpoint_dir` holds files of a run other than `args.resume`: `config.json`, its
-    checkpoints, named like `pattern`, its script. With `args.overwrite` only the script's own folder is refused."""
-    folder, script = Path(args.checkpoint_dir), Path(script).resolve()
+def check_checkpoint_dir(args, pattern: str, script: Path | str, field: str = "checkpoint_dir"):
+    """Raise ValueError where the folder in `args`' field holds files of a run other than `args.resume`: `config.json`,
+    its checkpoints, named like `pattern`, its script. With `args.overwrite` only the script's own folder is refused."""
+    folder, script, flag = Path(getattr(args, field)), Path(script).resolve(), f"--{field.replace('_', '-')}"
     if folder.resolve() == script.parent or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"--checkpoint-dir {folder} is no folder of its own. Name another, such as checkpoints/my_run")
+        raise ValueError(f"{flag} {folder} is no folder of its own. Name another, such as checkpoints/my_run")
     others = _files_of_another_run(folder, args.resume, pattern, script.name)
     if others and not args.overwrite:
         raise ValueError(
-            f"--checkpoint-dir {folder} holds {len(others)} files of another run, such as {others[0].name}. Name "
+            f"{flag} {folder} holds {len(others)} files of another run, such as {others[0].name}. Name "
             "another folder, or replace them with --overwrite"
         )
 
 
-def open_checkpoint_dir(args, pattern: str, script: Path | str, run_dir: Path):
+def open_checkpoint_dir(args, pattern: str, script: Path | str, run_dir: Path, field: str = "checkpoint_dir"):
     """Remove what `check_checkpoint_dir` looks for, then leave a copy of the script and `config.json` there."""
-    folder, script = Path(args.checkpoint_dir), Path(script).resolve()
+    folder, script = Path(getattr(args, field)), Path(script).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for path in _files_of_another_run(folder, args.resume, pattern, script.name):
         path.unlink()

@@ -11,16 +11,31 @@ METRIC = r"(train|eval|charts|time)/"
 # top-level calls that reach for a file, a device, a display or a process
 EFFECTS = re.compile(r"open|print|os\.(mkdir|makedirs|remove|system)|subprocess\..*|torch\.(cuda|load|set_|manual_).*")
 EFFECT_METHODS = re.compile(r"(mkdir|unlink|touch|iterdir|glob|exists|is_file|is_dir|(read|write)_(text|bytes))")
-LATE_IMPORTS = {"mss", "Xlib", "pynput", "wandb", "retro", "pygba", "mgba"}  # inside the function that needs them
+LATE_IMPORTS = {
+    "mss",
+    "Xlib",
+    "pynput",
+    "wandb",
+    "retro",
+    "stable_retro",
+    "libretro",
+    "pygame",
+    "ale_py",
+    "pygba",
+    "mgba",
+}  # inside the function that needs them
 OTHER_TOOLS = "pip git make pytest ruff tensorboard apt-get ffmpeg xvfb-run pre-commit nvidia-smi supertux2".split()
-OUTPUT_FOLDERS = "runs dataset build .venv creatures levels".split()  # made by us, or the game's: not in the tree
+OUTPUT_FOLDERS = (
+    "runs dataset build .venv creatures levels expert_data models videos Emerald-GBAdvance".split()
+)  # made by us, or the game's: not in the tree
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
     "events.parquet episodes.parquet returns.parquet "
     "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
-    "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4"
+    "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4 "
+    "episode_* dagger_round_* *.pth chunk_* facts.json"
 ).split()
-SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl".split()
+SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl .npz .pth .gba .c".split()
 
 
 # Python sources -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1175 @@
+"""Behavioural cloning from expert episodes: the pixels of a Game Boy Advance game to its ten buttons, learnt offline.
+
+Learns from the `episode_0001.npz` files of `collect_expert_data.py`, by one of three algorithms. bc: cross-entropy with
+the expert's actions. hybrid: plus n-step double Q-learning (van Hasselt et al. 2015). dagger: the student plays and the
+expert labels what it meets (Ross et al. 2011). The network is IMPALA's residual CNN (Espeholt et al. 2018). Any
+Gymnasium environment with RGB frames and discrete actions works through --env-id. Page: docs/bc_pokemon.md
+
+    python collect_expert_data.py --episodes 20
+    python bc_pokemon.py --total-training-steps 2000 --learning-rate 5e-4
+
+In: expert_data/. Out: runs/<task>__bc_pokemon__<seed>__<time>/ with eval.json, eval.png, TensorBoard events and the
+.pth files that models/ receives as copies."""
+
+import copy
+import json
+import logging
+import os
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from scipy.stats import binomtest, bootstrap
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import runs
+from common.video import VideoWriter, draw_keys, resize
+from pokemon_env.episodes import MEND, open_observations, read_episodes
+from pokemon_env.wrappers import make_env
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of every random choice"""
+    torch_deterministic: bool = True
+    """use deterministic cuDNN kernels"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the first of CUDA, MPS, CPU that is there"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+    wandb_project_name: str = "learn-from-recordings"
+    """the wandb project"""
+    wandb_entity: str | None = None
+    """the wandb team; None means your own account"""
+    run_root: str = "runs"
+    """folder that receives the run folder"""
+    resume: str | None = None
+    """run folder to go on with; its own arguments hold, apart from those that the script's page names"""
+
+    expert_data_dir: str = "expert_data"
+    """folder of episode_*.npz"""
+    rom_path: str = "Emerald-GBAdvance/rom.gba"
+    """ROM to evaluate in; where the default is missing, the quest that comes with PokemonEnv is played"""
+    core: str | None = None
+    """libretro core of mGBA to run the ROM with; None takes the one of stable-retro"""
+    init_state: str | None = None
+    """save-state that every episode starts from; None starts the game itself"""
+    env_id: str | None = None
+    """any Gymnasium environment with RGB frames and discrete actions, such as ALE/Freeway-v5; None takes `rom_path`"""
+    max_steps: int = 0
+    """steps until an evaluation episode is cut off; 0 means the environment's own limit"""
+    label_budget: int = 0
+    """use only so many expert labels, those of --algorithm dagger included; 0 means all"""
+    top_fraction: float = 1.0
+    """share of the episodes to learn from, those of highest return; above 0, up to 1"""
+    val_fraction: float = 0.1
+    """share of the episodes, at least one, that is held out to choose best_val.pth; 0..0.5"""
+    allow_pickle: bool = False
+    """open episodes with pickled infos, which can run any code that their author put there"""
+    cache_dir: str | None = None
+    """folder for the resized frames; None means .cache in `expert_data_dir`"""
+
+    algorithm: Literal["bc", "hybrid", "dagger"] = "bc"
+    """bc: cross-entropy. hybrid: plus Q-learning on the rewards. dagger: bc, with labels for what the student sees"""
+    total_training_steps: int = 100_000
+    """updates of the network"""
+    batch_size: int = 64
+    """samples per update"""
+    learning_rate: float = 1e-4
+    """learning rate of AdamW"""
+    anneal_lr: bool = False
+    """let the learning rate fall linearly to 0"""
+    weight_decay: float = 1e-5
+    """weight decay of AdamW"""
+    hidden_dim: int = 256
+    """size of the fully connected layer"""
+    obs_height: int = 84
+    """height the frames are resized to; pixels"""
+    obs_width: int = 84
+    """width the frames are resized to; pixels"""
+    frame_stack: int = 1
+    """frames the network sees at once, the newest last"""
+    stack_dropout: float = 0.5
+    """chance that a sample's older frames are replaced by the newest one, so that they are not all it looks at"""
+    class_weights: Literal["none", "sqrt", "inverse"] = "none"
+    """weight of an action in the cross-entropy: 1, or (1 / its frequency) to the power of 0.5 or 1"""
+    state_inputs: Literal["none", "milestone", "vector", "text"] = "none"
+    """what the network gets beside the pixels: the milestones reached, the state as numbers, or as hashed words"""
+    milestone_curriculum: bool = False
+    """begin with what was played before the first milestones; the rest joins during the first half of the updates"""
+    bc_weight: float = 1.0
+    """hybrid: coefficient of the cross-entropy"""
+    gamma: float = 0.99
+    """hybrid: discount per step"""
+    n_step: int = 5
+    """hybrid: rewards summed up before the target network's estimate is taken"""
+    target_frequency: int = 1000
+    """hybrid: updates between two copies of the network to the target network"""
+    prioritized: bool = False
+    """hybrid: sample transitions by the size of their last TD error instead of uniformly"""
+    expert: str | None = "scripted"
+    """whom dagger asks and who plays beside the policy in the evaluation, as in collect_expert_data.py; None: nobody"""
+    dagger_rounds: int = 5
+    """dagger: how often the student plays; the updates are shared out evenly between, before and after"""
+    dagger_steps: int = 1000
+    """dagger: states labelled per round, where `label_budget` does not decide"""
+    dagger_share: Literal["return", "decay"] = "return"
+    """dagger: share of the steps that the expert plays: 1 - student's return / expert's, or `dagger_decay` ^ round"""
+    dagger_decay: float = 0.5
+    """dagger: see `dagger_share`"""
+
+    eval_frequency: int = 5_000
+    """updates between two evaluations in the environment; 0 means at the end only"""
+    eval_episodes: int = 5
+    """episodes of each, always the same seeds"""
+    final_eval_episodes: int = 100
+    """episodes of the final evaluation, by argmax and by sampling; 0 means no environment at all"""
+    baseline_episodes: int = 20
+    """episodes of each baseline (expert, random, majority action, repeat previous, replay) at the end; 0 means none"""
+    eval_patience: int = 300
+    """steps without a new milestone that end an evaluation episode, where there are milestones; 0 means never"""
+    eval_seed: int = 1_000_000
+    """seed of the first evaluation episode; the others follow"""
+    num_envs: int = 4
+    """processes that play side by side"""
+    log_every: int = 100
+    """updates between two rows of TensorBoard scalars"""
+    val_frequency: int = 500
+    """updates between two looks at the held-out episodes"""
+    save_frequency: int = 10_000
+    """updates between two checkpoint_<step>.pth; last.pt is saved with every look at the held-out episodes"""
+    save_best: bool = True
+    """keep best_model.pth (by return) and best_val.pth (by held-out loss)"""
+    model_dir: str = "models"
+    """folder that receives copies of the run's .pth files"""
+    overwrite: bool = False
+    """replace another run's files in `model_dir`"""
+    capture_video: bool = False
+    """write eval.mp4, the first episode of the final evaluation"""
+    export_onnx: str | None = None
+    """file for the final policy as ONNX, compared with torch; None means none"""
+
+
+# Axes: B batch, E environments side by side, T steps of an episode, A actions, C H W image (uint8 RGB), h w resized
+PREPROCESS_VERSION = 1  # part of the cache's names; a change of `preprocess` needs another
+MODEL_FILES = "*.pth"
+CHUNK_BYTES = 2**24  # of frames that are resized together
+QUICK = "python bc_pokemon.py --total-training-steps 2000 --learning-rate 5e-4"
+
+
+# ALGO LOGIC: preprocessing, the same for training, evaluation and export ----------------------------------------------
+def preprocess(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> uint8 (N, 3, h, w), by the antialiased resize of common/video.py."""
+    return resize(frames.permute(0, 3, 1, 2), height, width)
+
+
+STATE_DIM = {"none": 0, "milestone": 32, "vector": 32, "text": 512}
+FACINGS = ("north", "south", "west", "east")
+MENUS = ("none", "message", "start", "choose", "action", "move")
+
+
+def state_features(info: dict, kind: str) -> np.ndarray:
+    """What --state-inputs gives the network of an `info` of PokemonEnv: float32 (STATE_DIM[kind],)."""
+    x = np.zeros(STATE_DIM[kind], np.float32)
+    if kind == "milestone":
+        x[min(len(info["milestones"]["completed"]), 31)] = 1
+    elif kind == "vector":
+        player, battle, lead = info["player"], info["battle"] or {}, (info["party"] or [{}])[0]
+        enemy = battle.get("enemy") or {}
+        x[:4] = player["x"] / 32, player["y"] / 32, player["map"][0] / 32, player["map"][1] / 32
+        x[4:8] = [player["facing"] == facing for facing in FACINGS]
+        x[8:14] = [info["menu"] == menu for menu in MENUS]
+        x[14:16] = info["dialogue"], info["locked"]
+        x[16:18] = battle.get("trainer", 0), battle.get("cursor") or 0
+        x[18:20] = [battle.get("kind") == kind for kind in ("leaf", "tide")]
+        x[20:22] = lead.get("hp", 0) / max(1, lead.get("max_hp", 1)), lead.get("level", 0) / 100
+        x[22:24] = enemy.get("hp", 0) / max(1, enemy.get("max_hp", 1)), enemy.get("level", 0) / 100
+        x[24:27] = len(info["party"]) / 6, sum(info["badges"]) / 8, np.log1p(info["money"]) / 16
+        x[27] = len(info["milestones"]["completed"]) / max(1, info["milestones"]["total"])
+    elif kind == "text":
+        for word in state_text(info).split():
+            x[zlib.crc32(word.encode()) % len(x)] += 1
+    return x
+
+
+def state_text(info: dict) -> str:
+    """The state in words, as a language model would be told it."""
+    player, battle = info["player"], info["battle"]
+    words = [f"at={player['location']}:{player['x']},{player['y']}".replace(" ", "_"), f"facing={player['facing']}"]
+    words += [f"x={player['x']}", f"y={player['y']}", f"map={player['map'][0]}.{player['map'][1]}"]
+    words += [f"next={info['milestones']['next']}", f"menu={info['menu']}", f"dialogue={info['dialogue']}"]
+    words += [f"flag={flag}" for flag in info["flags"]]
+    if battle:
+        words += [f"battle={battle['menu']}:{battle['cursor']}:{battle['kind']}", f"trainer={battle['trainer']}"]
+    return " ".join(words)
+
+
+# data: cache, rows, batches -------------------------------------------------------------------------------------------
+def cached_frames(episode: dict, args: Args) -> np.ndarray:
+    """The episode at the network's resolution: uint8 (T + 1, 3, h, w), memory-mapped; the last one is what the last
+    action led to, or the last observation again where the file does not have it. Made once per file and size."""
+    path, (T, H, W, _) = episode["path"], episode["shape"]
+    folder = Path(args.cache_dir or Path(args.expert_data_dir) / ".cache")
+    size = f"{args.obs_height}x{args.obs_width}"
+    cache = folder / f"{path.stem}_{runs.fingerprint([path])}_{size}_v{PREPROCESS_VERSION}.npy"
+    if not cache.exists():
+        temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            frames = np.lib.format.open_memmap(
+                temporary, "w+", np.uint8, (T + 1, 3, args.obs_height, args.obs_width), version=(1, 0)
+            )
+            chunk = max(1, CHUNK_BYTES // (H * W * 3))
+            with open_observations(path) as (_, _, stream):
+                for first in range(0, T, chunk):
+                    n = min(chunk, T - first)
+                    pixels = np.frombuffer(stream.read(n * H * W * 3), np.uint8).reshape(n, H, W, 3)
+                    frames[first : first + n] = preprocess(torch.tensor(pixels), args.obs_height, args.obs_width)
+                stream.read()  # to the end: checks the CRC
+            final = episode.get("final_observation")
+            if final is not None:
+                frames[T] = preprocess(torch.tensor(final)[None], args.obs_height, args.obs_width)[0]
+            else:
+                frames[T] = frames[T - 1]
+            frames.flush()
+            os.replace(temporary, cache)
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
+        except OSError as error:
+            raise ValueError(f"{folder} cannot take {cache.name} ({error}). Choose another --cache-dir") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return np.load(cache, mmap_mode="r")
+
+
+class Demonstrations:
+    """Rows of all episodes laid end to end, one per observation; an episode's last row has no action. Frames stay on
+    disk until a batch asks for them."""
+
+    def __init__(self, gamma: float, n_step: int):
+        self.gamma, self.n_step = gamma, n_step
+        self.frames, self.starts = [], np.empty(0, np.int64)  # per episode: (T + 1, 3, h, w), its first row
+        self.rows = {}  # name -> (R, ...)
+
+    def add(self, frames, actions, taken, rewards, terminated: bool, known_end: bool, features, stage) -> np.ndarray:
+        """Append an episode of T steps; returns the rows of its steps (T,). `known_end`: the last frame is truly what
+        followed, so that the last transition of an episode that was cut off can be bootstrapped from it."""
+        T, first = len(actions), len(self)
+        return_n, next_row, discount = n_step_transitions(rewards, terminated, known_end, self.n_step, self.gamma)
+        columns = {
+            "action": np.append(actions, 0),
+            "taken": np.append(taken, 0),
+            "return_n": np.append(return_n, 0.0).astype(np.float32),
+            "next_row": np.append(first + next_row, first + T),
+            "discount": np.append(discount, 0.0).astype(np.float32),
+            "td_known": np.append(np.isfinite(return_n), False),
+            "features": np.concatenate([features, features[-1:]]),
+            "stage": np.append(stage, stage[-1]),
+            "episode_start": np.full(T + 1, first),
+        }
+        self.frames.append(frames)
+        self.starts = np.append(self.starts, first)
+        self.rows = {name: np.concatenate([self.rows[name], c]) if self.rows else c for name, c in columns.items()}
+        return np.arange(first, first + T)
+
+    def __len__(self) -> int:
+        return len(self.rows["action"]) if self.rows else 0
+
+    def gather(self, rows: np.ndarray, stack: int) -> torch.Tensor:
+        """Frame stacks of the rows (B,): uint8 (B, stack * 3, h, w), oldest first; an episode's first frame repeats."""
+        rows = rows[:, None] + np.arange(1 - stack, 1)  # (B, stack)
+        rows = np.maximum(rows, self.rows["episode_start"][rows[:, -1:]]).ravel()
+        episode = np.searchsorted(self.starts, rows, "right") - 1
+        pixels = np.empty((len(rows), *self.frames[0].shape[1:]), np.uint8)
+        for e in np.unique(episode):
+            pixels[episode == e] = self.frames[e][rows[episode == e] - self.starts[e]]
+        return torch.from_numpy(pixels).unflatten(0, (-1, stack)).flatten(1, 2)
+
+    def batch(self, rows: np.ndarray, device, *names: str) -> list[torch.Tensor]:
+        return [torch.from_numpy(self.rows[name][rows]).to(device) for name in names]
+
+
+def n_step_transitions(rewards: np.ndarray, terminated: bool, known_end: bool, n: int, gamma: float):
+    """Of every step t of an episode: the discounted sum of up to n rewards from t on, the row that the rest is
+    estimated from, and its discount, 0 where the episode ended in a terminal state before. All (T,). The sum is NaN
+    where neither the end nor the state after it is known."""
+    T = len(rewards)
+    return_n, next_row, discount = np.zeros(T), np.minimum(np.arange(T) + n, T), np.zeros(T)
+    for t in range(T):
+        steps = next_row[t] - t
+        return_n[t] = np.sum(gamma ** np.arange(steps) * rewards[t : next_row[t]])
+        if next_row[t] < T or (not terminated and known_end):
+            discount[t] = gamma**steps
+        elif not terminated:
+            return_n[t] = np.nan
+    return return_n, next_row, discount
+
+
+def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
+    """The episodes of --expert-data-dir that --top-fraction picks, and the names of the actions."""
+    episodes, names = read_episodes(Path(args.expert_data_dir), args.allow_pickle)
+    if args.top_fraction < 1:
+        episodes = sorted(episodes, key=lambda episode: -episode["rewards"].sum())
+        episodes = episodes[: max(1, round(args.top_fraction * len(episodes)))]
+    for episode in episodes:
+        try:
+            episode["features"] = np.array([state_features(info, args.state_inputs) for info in episode["infos"]])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{episode['path']}: its infos lack what --state-inputs {args.state_inputs} reads ({error!r}). Use none"
+            ) from None
+        episode["stage"] = np.array([n_milestones(info) for info in episode["infos"]])
+    return episodes, names
+
+
+def split_episodes(n: int, fraction: float, seed: int) -> list[int]:
+    """Which of n episodes are held out: whole ones, as neighbouring steps look alike."""
+    count = min(n - 1, max(1, round(fraction * n))) if fraction else 0
+    return sorted(np.random.default_rng(seed).permutation(n)[:count].tolist())
+
+
+def sample_rows(rows: np.ndarray, stage: np.ndarray, priority, args: Args, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of an update: rows (B,) and their importance weights (B,). A pure function of the seed and the step, so
+    that a resumed run sees the same batches. `priority` (R,) or None; `stage` (R,) of every row."""
+    rng = np.random.default_rng((args.seed, step))
+    if args.milestone_curriculum:
+        stages = np.unique(stage[rows])
+        open_stages = max(1, int(np.ceil(len(stages) * min(1.0, 2 * (step + 1) / args.total_training_steps))))
+        rows = rows[stage[rows] <= stages[open_stages - 1]]
+    if priority is None:
+        return rng.choice(rows, args.batch_size), np.ones(args.batch_size, np.float32)
+    p = priority[rows] ** 0.6  # exponents of Schaul et al. 2015, proportional variant
+    cumulative = np.cumsum(p)
+    chosen = np.searchsorted(cumulative, rng.random(args.batch_size) * cumulative[-1], "right")
+    weights = (len(rows) * p[chosen] / cumulative[-1]) ** -0.4
+    return rows[chosen], (weights / weights.max()).astype(np.float32)
+
+
+# ALGO LOGIC: network --------------------------------------------------------------------------------------------------
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.conv1(F.relu(self.conv0(x))))
+
+
+class ConvSequence(nn.Module):
+    """(B, inputs, h, w) -> (B, outputs, ceil(h / 2), ceil(w / 2))"""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)  # 84 -> 42 -> 21 -> 11
+        self.block0 = ResidualBlock(outputs)
+        self.block1 = ResidualBlock(outputs)
+
+    def forward(self, x):
+        return self.block1(self.block0(self.pool(self.conv(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """Frames, uint8 (B, frames * 3, h, w), and with a `state_dim` a state (B, D) -> logits or Q-values (B, A)."""
+
+    def __init__(self, action_dim: int, hidden_dim: int, height: int, width: int, frames: int = 1, state_dim: int = 0):
+        super().__init__()
+        self.sequences = nn.Sequential(ConvSequence(3 * frames, 16), ConvSequence(16, 32), ConvSequence(32, 32))
+        for _ in range(3):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        self.fc = nn.Linear(32 * height * width, hidden_dim)
+        self.state = nn.Linear(state_dim, 64) if state_dim else None
+        self.head = nn.Linear(hidden_dim + (64 if state_dim else 0), action_dim)
+
+    def forward(self, pixels, state=None):
+        x = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)  # faster convolutions
+        x = self.sequences(x)  # (B, 32, h / 8, w / 8)
+        x = F.relu(self.fc(F.relu(x.flatten(1))))  # (B, hidden)
+        if self.state is not None:
+            x = torch.cat([x, F.relu(self.state(state))], 1)
+        return self.head(x)
+
+
+# ALGO LOGIC: losses ---------------------------------------------------------------------------------------------------
+def bc_loss(logits, actions, class_weights, importance):
+    """Cross-entropy with the expert's actions. (B, A), (B,), (A,), (B,) -> scalar"""
+    per_sample = F.cross_entropy(logits, actions, reduction="none") * class_weights[actions]
+    return (importance * per_sample).mean()
+
+
+def td_target(return_n, discount, next_q, next_q_target, known):
+    """n-step double Q (van Hasselt et al. 2015, eq. 4): the network chooses the action, the target network rates it.
+    Only actions in `known` (A,) count: the others were never tried. (B,), (B,), (B, A), (B, A), (A,) -> (B,)"""
+    best = next_q.masked_fill(~known, -torch.inf).argmax(1, keepdim=True)
+    return return_n + discount * next_q_target.gather(1, best).squeeze(1)
+
+
+def td_loss(q, taken, target, known_target, importance):
+    """Huber loss of the played action's Q-value, over the rows whose target is known. (B, A), then (B,) -> scalar"""
+    error = F.smooth_l1_loss(q.gather(1, taken[:, None]).squeeze(1), target, reduction="none")
+    return (importance * known_target * error).sum() / known_target.sum().clamp(min=1)
+
+
+def drop_older_frames(pixels, chance: float):
+    """Replace a sample's older frames by its newest one. uint8 (B, frames * 3, h, w)"""
+    newest = pixels[:, -3:].repeat(1, pixels.shape[1] // 3, 1, 1)
+    dropped = torch.rand(len(pixels), device=pixels.device) < chance
+    return torch.where(dropped[:, None, None, None], newest, pixels)
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+Act = Callable[[np.ndarray, list[dict], np.ndarray], np.ndarray]
+
+
+class Policy:
+    """The network as a player of E environments side by side. `decode`: argmax, or sample from the softmax, in which
+    actions that the data never show have no chance."""
+
+    def __init__(self, network: ImpalaCNN, sizes: dict, known, decode: str, device, seed: int = 0):
+        self.network, self.sizes, self.decode, self.device = network, sizes, decode, device
+        self.known, self.rng = np.asarray(known, bool), np.random.default_rng(seed)
+        self.pixels = None  # (E, frames, 3, h, w)
+
+    @classmethod
+    def load(cls, checkpoint: dict, decode: str = "argmax", device="cpu") -> "Policy":
+        """From what `runs.load_checkpoint` returns for a .pth of this script, as `--expert checkpoint:RUN` does."""
+        network = ImpalaCNN(**checkpoint["network"]).to(device)
+        network.load_state_dict(checkpoint["model_state_dict"])
+        return cls(network, checkpoint["sizes"], checkpoint["known_actions"], decode, torch.device(device))
+
+    @torch.no_grad()
+    def logits(self, frames: np.ndarray, infos: list[dict], begun: np.ndarray) -> torch.Tensor:
+        """Observations (E, H, W, 3), their infos, which of them begin an episode (E,) -> (E, A)"""
+        newest = preprocess(torch.from_numpy(frames), self.sizes["height"], self.sizes["width"])[:, None]
+        if self.pixels is None:
+            self.pixels = newest.repeat(1, self.sizes["frames"], 1, 1, 1)
+        self.pixels = torch.cat([self.pixels[:, 1:], newest], 1)
+        again = torch.from_numpy(begun)
+        self.pixels[again] = newest[again]
+        state = [state_features(info, self.sizes["state_inputs"]) for info in infos]
+        was_training = self.network.training
+        self.network.eval()
+        logits = self.network(self.pixels.flatten(1, 2).to(self.device), torch.tensor(np.array(state)).to(self.device))
+        self.network.train(was_training)
+        return logits.float().cpu()
+
+    def __call__(self, frames: np.ndarray, infos: list[dict], begun: np.ndarray) -> np.ndarray:
+        logits = self.logits(frames, infos, begun)
+        if self.decode == "argmax":
+            return logits.argmax(1).numpy()
+        p = logits.masked_fill(~torch.from_numpy(self.known), -torch.inf).softmax(1).double().numpy()
+        return (p.cumsum(1) > self.rng.random((len(p), 1))).argmax(1)
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """Environments in processes of their own: an emulator allows one per process."""
+    make = partial(make_env, args.env_id, args.rom_path, args.core, args.init_state, args.max_steps, args.expert)
+    return gym.vector.AsyncVectorEnv(
+        [make] * args.num_envs, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+
+
+def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str) -> Iterator[dict]:
+    """Play one episode per seed, side by side. Yields every single step of every environment: `e`, `seed`, `begun`, the
+    `obs` and `info` that the action was chosen from, `action`, `reward`, `next_obs`, and at an episode's end `result`.
+    An info holds the expert's advice as `expert_action`, -1 for none."""
+    E, waiting = envs.num_envs, list(seeds)
+    seed_of = [waiting.pop(0) if waiting else None for _ in range(E)]  # None: nothing left to play
+    to_reset = np.ones(E, bool)  # at first all of them: what was never reset has no picture
+    obs, infos = np.zeros(envs.observation_space.shape, np.uint8), [{}] * E
+    total, length, n_reached, reached_at = np.zeros(E), np.zeros(E, int), np.zeros(E, int), np.zeros(E, int)
+
+    def unpack(received: dict, e: int) -> dict:
+        advice = {name: received[name][e] for name in ("expert_action", "expert_error", "success")}
+        return json.loads(received["json"][e]) | advice
+
+    with tqdm(total=len(seeds), desc=desc, unit="episode", leave=False) as progress:
+        while any(seed is not None for seed in seed_of):
+            begun = to_reset
+            if begun.any():
+                obs, received = envs.reset(seed=[seed or 0 for seed in seed_of], options={"reset_mask": begun})
+                for e in np.flatnonzero(begun):
+                    infos[e] = unpack(received, e)
+                    total[e], length[e], n_reached[e], reached_at[e] = 0, 0, n_milestones(infos[e]), 0
+            to_reset, playing = np.zeros(E, bool), [e for e in range(E) if seed_of[e] is not None]
+            actions = act(obs, infos, begun)
+            before, infos_before = obs, list(infos)
+            obs, rewards, terminated, truncated, received = envs.step(actions)
+            for e in playing:
+                infos[e] = unpack(received, e)
+                total[e], length[e] = total[e] + rewards[e], length[e] + 1
+                if n_milestones(infos[e]) > n_reached[e]:
+                    n_reached[e], reached_at[e] = n_milestones(infos[e]), length[e]
+                stuck = patience and n_reached[e] and length[e] - reached_at[e] >= patience
+                step = {"e": e, "seed": seed_of[e], "begun": bool(begun[e]), "obs": before[e], "info": infos_before[e]}
+                step |= {"action": int(actions[e]), "reward": float(rewards[e]), "next_obs": obs[e]}
+                step |= {"terminated": bool(terminated[e])}
+                if terminated[e] or truncated[e] or stuck:
+                    step["result"] = {
+                        "seed": seed_of[e],
+                        "return": float(total[e]),
+                        "length": int(length[e]),
+                        "success": bool(infos[e]["success"]),
+                        "milestones": infos[e].get("milestones", {}).get("completed", []),
+                    }
+                    seed_of[e] = waiting.pop(0) if waiting else None
+                    to_reset[e] = seed_of[e] is not None
+                    progress.update()
+                yield step
+
+
+def n_milestones(info: dict) -> int:
+    return len(info.get("milestones", {}).get("completed", ()))
+
+
+def play(envs, act: Act, seeds: list[int], patience: int, desc: str, film=None) -> list[dict]:
+    """The results of one episode per seed, in the order of the seeds. `film(step)` sees those of the first one."""
+    results = {}
+    for step in rollout(envs, act, seeds, patience, desc):
+        if film and step["seed"] == seeds[0]:
+            film(step)
+        if "result" in step:
+            results[step["seed"]] = step["result"]
+    return [results[seed] for seed in seeds]
+
+
+def summarise(results: list[dict]) -> dict:
+    """Means with 95 % intervals: bootstrap for the return and the length, Wilson's for rates."""
+    summary = {"episodes": len(results)}
+    for name in ("return", "length"):
+        values = np.array([result[name] for result in results], float)
+        interval = (values.mean(), values.mean())
+        if len(values) > 1 and np.ptp(values) > 0:
+            interval = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        summary[name] = [float(values.mean()), float(interval[0]), float(interval[1])]
+
+    def rate(hits: int) -> list[float]:
+        interval = binomtest(hits, len(results)).proportion_ci(method="wilson")
+        return [hits / len(results), interval.low, interval.high]
+
+    summary["success"] = rate(sum(result["success"] for result in results))
+    reached = list(dict.fromkeys(name for result in results for name in result["milestones"]))
+    summary["milestones"] = {name: rate(sum(name in r["milestones"] for r in results)) for name in reached}
+    return summary
+
+
+def baselines(envs, demos: Demonstrations, episodes: dict[int, np.ndarray], args: Args) -> dict[str, Act]:
+    """Players that a policy has to beat. `episodes`: first row -> actions played, of the training episodes."""
+    A = envs.single_action_space.n
+    rng = np.random.default_rng(args.seed)
+    trained_on = np.concatenate([demos.rows["action"][first : first + len(a)] for first, a in episodes.items()])
+    majority = np.bincount(trained_on, minlength=A).argmax()
+    firsts = np.array(list(episodes))
+    openings = demos.gather(firsts, 1).float()  # (N, 3, h, w)
+    previous, script = np.zeros(envs.num_envs, int), [iter(()) for _ in range(envs.num_envs)]
+
+    def repeat_previous(frames, infos, begun):
+        previous[begun] = rng.choice([actions[0] for actions in episodes.values()], int(begun.sum()))
+        return previous
+
+    def replay(frames, infos, begun):
+        for e in np.flatnonzero(begun):
+            first = preprocess(torch.from_numpy(frames[e : e + 1]), args.obs_height, args.obs_width).float()
+            nearest = firsts[(openings - first).square().flatten(1).mean(1).argmin()]
+            script[e] = iter(episodes[nearest].tolist())
+        return np.array([next(actions, majority) for actions in script])
+
+    players = {
+        "expert": ask_expert,
+        "random": lambda frames, infos, begun: rng.integers(0, A, len(frames)),
+        "majority": lambda frames, infos, begun: np.full(len(frames), majority),
+        "repeat_previous": repeat_previous,
+        "replay": replay,
+    }
+    return players if args.expert else {name: player for name, player in players.items() if name != "expert"}
+
+
+def ask_expert(frames, infos, begun) -> np.ndarray:
+    for info in infos:
+        if info and info["expert_error"]:
+            raise ValueError(f"the expert failed: {info['expert_error']}. Choose another --expert, or --expert None")
+    return np.array([info["expert_action"] if info else 0 for info in infos])
+
+
+@torch.no_grad()
+def evaluate(network, demos: Demonstrations, rows: np.ndarray, class_weights, args: Args, device) -> dict:
+    """Agreement with the expert on held-out episodes, rows (N,), beside the baselines that need no picture."""
+    network.eval()
+    logits = []
+    for first in range(0, len(rows), 256):
+        part = rows[first : first + 256]
+        features = demos.batch(part, device, "features")[0]
+        logits.append(network(demos.gather(part, args.frame_stack).to(device), features).float().cpu())
+    network.train()
+    logits, actions = torch.cat(logits), torch.from_numpy(demos.rows["action"][rows]).long()  # (N, A), (N,)
+    right = (logits.argmax(1) == actions).numpy()
+    actions = actions.numpy()
+    previous = demos.rows["taken"][np.maximum(rows - 1, 0)]
+    inside = rows > demos.rows["episode_start"][rows]  # there is a step before
+    changed = inside & (actions != previous)
+    per_class = [right[actions == a].mean() for a in np.unique(actions)]
+    counts = np.bincount(actions, minlength=logits.shape[1])
+    metrics = {
+        "eval/loss": bc_loss(logits, torch.from_numpy(actions), class_weights.cpu(), torch.ones(len(rows))).item(),
+        "eval/accuracy": right.mean(),
+        "eval/accuracy_majority": counts.max() / counts.sum(),
+        "eval/accuracy_repeat_previous": (actions == previous)[inside].mean() if inside.any() else 0.0,
+        "eval/balanced_accuracy": np.mean(per_class),
+        "eval/balanced_accuracy_majority": 1 / len(per_class),
+        "eval/change_accuracy": right[changed].mean() if changed.any() else 0.0,
+    }
+    return {name: float(metric) for name, metric in metrics.items()}
+
+
+COMPARED = ("policy", "policy, sampled", "expert", "random", "majority", "repeat_previous", "replay")
+
+
+def report(summaries: dict[str, dict]):
+    """The final evaluation, for the terminal: who plays how well, and how far they get."""
+    print(f"\n{'':<18}{'episodes':>9}{'success, 95 %':>22}{'return, 95 %':>26}{'length':>8}")
+    for name, summary in summaries.items():
+        success, low, high = summary["success"]
+        mean, least, most = summary["return"]
+        cells = f"{success:.2f} ({low:.2f} to {high:.2f})", f"{mean:.2f} ({least:.2f} to {most:.2f})"
+        print(f"{name:<18}{summary['episodes']:>9}{cells[0]:>22}{cells[1]:>26}{summary['length'][0]:>8.0f}")
+    reached = list(dict.fromkeys(m for summary in summaries.values() for m in summary["milestones"]))
+    if reached:
+        print(f"\n{'milestone reached':<28}" + "".join(f"{name:>17}" for name in summaries))
+    for milestone in reached:
+        rates = [summary["milestones"].get(milestone, [0.0])[0] for summary in summaries.values()]
+        print(f"{milestone:<28}" + "".join(f"{rate:>17.2f}" for rate in rates))
+
+
+def plot_evaluation(path: Path, summaries: dict[str, dict]):
+    """eval.png: success and return with intervals, and the share of episodes that reach each milestone."""
+    names = list(summaries)
+    reached = list(dict.fromkeys(m for summary in summaries.values() for m in summary["milestones"]))
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=[1, 1, 2])
+    for axis, key in zip(axes, ("success", "return"), strict=False):
+        mean, low, high = np.array([summaries[name][key] for name in names]).T
+        axis.barh(names, mean, xerr=[mean - low, high - mean], capsize=3)
+        axis.invert_yaxis()
+        axis.set(title=f"{key}, 95 %", xlim=(0, 1.02) if key == "success" else None)
+    for name in names:
+        rates = [summaries[name]["milestones"].get(milestone, [0.0])[0] for milestone in reached]
+        axes[2].plot(range(len(reached)), rates, marker="o", markersize=3, label=name)
+    axes[2].set(title="share of episodes that reach a milestone", ylim=(-0.02, 1.02))
+    axes[2].set_xticks(range(len(reached)), [m.replace("_", " ").lower() for m in reached], rotation=60, ha="right")
+    axes[2].tick_params(axis="x", labelsize=7)
+    axes[2].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+class Film:
+    """eval.mp4: what the policy sees, at twice the size, with its action and the expert's."""
+
+    def __init__(self, path: Path, names: list[str]):
+        self.path, self.names, self.video = path, names, None
+
+    def __call__(self, step: dict):
+        buttons = np.arange(len(self.names))
+        rows = {"policy": buttons == step["action"], "expert": buttons == step["info"]["expert_action"]}
+        milestones = step["info"].get("milestones", {})
+        note = f"seed {step['seed']}  next {milestones['next']}" if milestones else f"seed {step['seed']}"
+        drawn = draw_keys(step["obs"].repeat(2, 0).repeat(2, 1), self.names, rows, note)
+        self.video = self.video or VideoWriter(self.path, 4, drawn.shape[1], drawn.shape[0], crf=23)
+        self.video.add(drawn)
+        if "result" in step:
+            self.video.close()
+
+
+# DAgger ---------------------------------------------------------------------------------------------------------------
+def label_by_expert(envs, student: Policy, share: float, n_labels: int, seeds: Iterator[int], args: Args) -> list[dict]:
+    """Episodes in which the expert plays `share` of the steps and the student the others, until the expert has labelled
+    `n_labels` states. Steps that it could not label are played, and left out of the data."""
+    rng = np.random.default_rng((args.seed, next(seeds)))
+
+    def mixture(frames, infos, begun):
+        chosen, advised = student(frames, infos, begun), np.array([info.get("expert_action", -1) for info in infos])
+        return np.where((rng.random(len(chosen)) < share) & (advised >= 0), advised, chosen)
+
+    open_episodes, finished, labelled = {}, [], 0
+    for step in rollout(envs, mixture, [next(seeds) for _ in range(n_labels)], args.eval_patience, "expert labels"):
+        label = int(step["info"]["expert_action"])
+        if label >= 0:
+            episode = open_episodes.setdefault(step["e"], {name: [] for name in DAGGER_COLUMNS})
+            small = preprocess(torch.from_numpy(step["obs"])[None], args.obs_height, args.obs_width)[0].numpy()
+            values = small, label, step["action"], state_features(step["info"], args.state_inputs)
+            for name, value in zip(DAGGER_COLUMNS, (*values, n_milestones(step["info"])), strict=True):
+                episode[name].append(value)
+            labelled += 1
+        if "result" in step and step["e"] in open_episodes:
+            finished.append(open_episodes.pop(step["e"]))
+        if labelled == n_labels:
+            break
+    return [{name: np.array(x) for name, x in episode.items()} for episode in [*finished, *open_episodes.values()]]
+
+
+DAGGER_COLUMNS = ("frames", "action", "taken", "features", "stage")
+
+
+def save_round(path: Path, episodes: list[dict]):
+    columns = {name: np.concatenate([episode[name] for episode in episodes]) for name in DAGGER_COLUMNS}
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, lengths=[len(episode["action"]) for episode in episodes], **columns)
+    os.replace(temporary, path)
+
+
+def add_round(demos: Demonstrations, path: Path) -> np.ndarray:
+    """Append a round's episodes; returns their rows."""
+    with np.load(path) as file:
+        columns = {name: np.split(file[name], np.cumsum(file["lengths"])[:-1]) for name in DAGGER_COLUMNS}
+    rows = []
+    for frames, action, taken, features, stage in zip(*columns.values(), strict=True):
+        frames = np.concatenate([frames, frames[-1:]])
+        rows.append(demos.add(frames, action, taken, np.zeros(len(action)), False, False, features, stage))
+    return np.concatenate(rows)
+
+
+# export ---------------------------------------------------------------------------------------------------------------
+class RawPolicy(nn.Module):
+    """Raw frames (B, frames, H, W, 3) uint8, oldest first, and the state (B, D) -> logits (B, A)."""
+
+    def __init__(self, network: ImpalaCNN, height: int, width: int):
+        super().__init__()
+        self.network, self.height, self.width = network, height, width
+
+    def forward(self, frames, state=None):
+        B, N = frames.shape[:2]
+        frames = frames.flatten(0, 1).permute(0, 3, 1, 2)  # (B * frames, 3, H, W)
+        for size in ((frames.shape[2], self.width), (self.height, self.width)):  # as common.video.resize
+            frames = F.interpolate(frames.float(), size, mode="bilinear", antialias=True)
+            frames = (frames + 0.5).clamp(0, 255).to(torch.uint8)
+        return self.network(frames.unflatten(0, (B, N)).flatten(1, 2), state)
+
+
+def export_onnx(path: Path, policy: Policy, frame_shape: tuple, names: list[str]) -> float:
+    """Write the policy as one ONNX file of raw frames; returns the largest difference to torch, relative above 1, on
+    frames of noise and of flat colour. Raises ValueError, and leaves no file, where that is above 0.02: the graph
+    resizes in float32, which moves a few pixels by one level."""
+    import onnx
+    import onnxruntime as ort
+
+    raw = RawPolicy(copy.deepcopy(policy.network).cpu(), policy.sizes["height"], policy.sizes["width"]).eval()
+    D = STATE_DIM[policy.sizes["state_inputs"]]
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4, policy.sizes["frames"], *frame_shape), np.uint8)
+    frames[2:] = rng.integers(0, 256, (2, 1, 1, 1, 3))
+    state = rng.random((4, D), np.float32)
+    example = (torch.from_numpy(frames), torch.from_numpy(state)) if D else (torch.from_numpy(frames),)
+    feed = {"frames": frames} | ({"state": state} if D else {})
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program = torch.onnx.export(
+            raw,
+            example,
+            input_names=list(feed),
+            output_names=["logits"],
+            dynamic_shapes={name: {0: "batch"} for name in feed},
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    model.metadata_props.add(key="actions", value=json.dumps(names))
+    onnx.checker.check_model(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    worst = 0.0
+    for i in range(4):
+        small = preprocess(torch.from_numpy(frames[i]), policy.sizes["height"], policy.sizes["width"])
+        with torch.no_grad():
+            true = raw.network(small.flatten(0, 1)[None], torch.from_numpy(state[i : i + 1])).numpy()
+        logits = session.run(None, {name: value[i : i + 1] for name, value in feed.items()})[0]
+        worst = max(worst, float((np.abs(logits - true) / np.maximum(1, np.abs(true))).max()))
+    if not worst <= 0.02:
+        raise ValueError(
+            f"{path} was not written: the graph's logits differ from torch's by {worst:.2g}, expected 0.02"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(model.SerializeToString())
+    os.replace(temporary, path)
+    return worst
+
+
+# main -----------------------------------------------------------------------------------------------------------------
+def check_args(args: Args):
+    limits = {
+        "val_fraction": (0, 0.5),
+        "stack_dropout": (0, 1),
+        "gamma": (0, 1),
+        "total_training_steps": (1, np.inf),
+        "batch_size": (1, np.inf),
+        "frame_stack": (1, np.inf),
+        "n_step": (1, np.inf),
+        "obs_height": (8, np.inf),
+        "obs_width": (8, np.inf),
+        "num_envs": (1, np.inf),
+        "dagger_rounds": (1, np.inf),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            wanted = f"{low} to {high}" if high < np.inf else f"{low} or more"
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {wanted}")
+    if not 0 < args.top_fraction <= 1:
+        raise ValueError(f"--top-fraction {args.top_fraction}: expected above 0, up to 1")
+    if args.algorithm == "dagger" and args.expert in (None, "keyboard"):
+        raise ValueError(f"--algorithm dagger needs an expert that answers at once, --expert is {args.expert}")
+    if args.export_onnx and not args.export_onnx.endswith(".onnx"):
+        raise ValueError(f"--export-onnx {args.export_onnx}: expected a name that ends in .onnx")
+
+
+def seconds_per_update(network, sizes: dict, args: Args, device) -> float:
+    """Measured on a copy of the network, so that nothing of the run changes."""
+    network = copy.deepcopy(network)
+    pixels = torch.zeros((args.batch_size, 3 * sizes["frames"], sizes["height"], sizes["width"]), dtype=torch.uint8)
+    state = torch.zeros((args.batch_size, STATE_DIM[sizes["state_inputs"]]), device=device)
+    for _ in range(3):  # the first two warm up
+        started = time.time()
+        network(pixels.to(device), state).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.time() - started
+
+
+def main(args: Args) -> dict:
+    checkpoint = None
+    try:
+        if args.resume:
+            may_change = ("num_envs", "device", "overwrite", "final_eval_episodes", "baseline_episodes")
+            args = runs.resume_args(args, may_change)
+            checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
+        device = runs.pick_device(args.device)
+        check_args(args)
+        runs.check_checkpoint_dir(args, MODEL_FILES, __file__, "model_dir")
+        episodes, names = load_episodes(args)
+        data_files = [episode["path"] for episode in episodes]
+        if checkpoint:
+            runs.check_fingerprint(Path(args.resume), data_files)
+        frames = [cached_frames(episode, args) for episode in tqdm(episodes, desc="frames", leave=False)]
+        envs = None
+        if args.final_eval_episodes or args.algorithm == "dagger":
+            envs = make_envs(args)
+            space = envs.single_action_space, envs.single_observation_space.shape
+            if space[0].n != len(names) or space[1] != episodes[0]["shape"][1:]:
+                raise ValueError(
+                    f"{args.expert_data_dir} holds frames {episodes[0]['shape'][1:]} and {len(names)} actions, the "
+                    f"environment has {space[1]} and {space[0].n}. Name the one they come from: --env-id, --rom-path"
+                )
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(str(error)) from None
+
+    # rows of the training and of the held-out episodes
+    A, demos, train_rows, val_rows, played = len(names), Demonstrations(args.gamma, args.n_step), [], [], {}
+    heldout = split_episodes(len(episodes), args.val_fraction, args.seed)
+    for e, (episode, pixels) in enumerate(zip(episodes, frames, strict=True)):
+        terminated = bool(episode["dones"][-1]) and not bool(episode.get("truncated", False))
+        rows = demos.add(
+            pixels,
+            episode["actions"],
+            episode["taken_actions"],
+            episode["rewards"],
+            terminated,
+            "final_observation" in episode,
+            episode["features"],
+            episode["stage"],
+        )
+        if e in heldout:
+            val_rows.append(rows)
+        else:
+            train_rows.append(rows)
+            played[int(rows[0])] = episode["taken_actions"]
+    train_rows, val_rows = np.concatenate(train_rows), np.concatenate([*val_rows, np.empty(0, np.int64)]).astype(int)
+    expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
+    rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
+    budget = args.label_budget or len(train_rows) + rounds * args.dagger_steps
+    labels_per_round = (budget // (rounds + 1) if args.label_budget else args.dagger_steps) if rounds else 0
+    train_rows = train_rows[: budget - rounds * labels_per_round]
+    counts = np.bincount(demos.rows["action"][train_rows], minlength=A)
+    known = torch.from_numpy(counts > 0)
+    frequency = np.maximum(counts, 1) / counts.sum()
+    class_weights = frequency ** {"none": 0.0, "sqrt": -0.5, "inverse": -1.0}[args.class_weights]
+    class_weights = torch.tensor(class_weights / np.sum(frequency * class_weights), dtype=torch.float32, device=device)
+
+    # run folder
+    if checkpoint:
+        run_dir = Path(args.resume)
+    else:
+        run_dir = runs.make_run_dir(args, __file__, Path(args.expert_data_dir).resolve().name)
+        runs.write_provenance(run_dir, data_files, device=str(device))
+        split = {"heldout": [episodes[e]["path"].name for e in heldout], "actions": names}
+        runs.write_json(run_dir / "split.json", split)
+    runs.open_checkpoint_dir(args, MODEL_FILES, __file__, run_dir, "model_dir")
+    start_step = checkpoint["step"] if checkpoint else 0
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
+    writer = SummaryWriter(str(run_dir), purge_step=start_step + 1 if checkpoint else None)
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    print(f"{run_dir}: {len(train_rows):,} labels of {len(episodes) - len(heldout)} episodes, {len(heldout)} held out")
+    print("labels " + ", ".join(f"{name} {n / counts.sum():.1%}" for name, n in zip(names, counts, strict=True) if n))
+
+    # network and optimiser
+    runs.seed_everything(args.seed, args.torch_deterministic)
+    sizes = {"height": args.obs_height, "width": args.obs_width, "frames": args.frame_stack}
+    network_sizes = sizes | {
+        "action_dim": A,
+        "hidden_dim": args.hidden_dim,
+        "state_dim": STATE_DIM[args.state_inputs],
+    }
+    sizes["state_inputs"] = args.state_inputs
+    network = ImpalaCNN(**network_sizes).to(device, memory_format=torch.channels_last)
+    target_network = copy.deepcopy(network) if args.algorithm == "hybrid" else None
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    priority = np.ones(len(demos), np.float32) if args.prioritized and args.algorithm == "hybrid" else None
+    best_return, best_loss, known = -np.inf, np.inf, known.to(device)
+    if checkpoint:
+        network.load_state_dict(checkpoint["model_state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        best_return, best_loss = checkpoint["best_return"], checkpoint["best_loss"]
+        if target_network is not None:
+            target_network.load_state_dict(checkpoint["target_state_dict"])
+        if priority is not None:
+            priority = checkpoint["priority"].numpy()
+        for path in sorted(run_dir.glob("dagger_round_*.npz")):
+            if int(path.stem.split("_")[-1]) <= checkpoint["rounds_done"]:
+                train_rows = np.concatenate([train_rows, add_round(demos, path)])
+        runs.set_rng_state(checkpoint["rng"])
+        torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
+    rounds_done = checkpoint["rounds_done"] if checkpoint else 0
+    expected = seconds_per_update(network, sizes, args, device) * (args.total_training_steps - start_step)
+    expected *= 2 if target_network is not None else 1
+    print(f"{args.total_training_steps:,} updates of {args.batch_size} on {device}: about {expected / 60:.0f} minutes")
+    if expected > 3600:
+        print(f"for a first look: {QUICK}")
+
+    def save(name: str, step: int, eval_return: float | None = None):
+        state = {
+            "step": step,
+            "model_state_dict": network.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "eval_return": eval_return,
+            "network": network_sizes,  # ImpalaCNN(**network), of the script beside this file or in the run folder
+            "sizes": sizes,
+            "actions": names,
+            "known_actions": known.tolist(),
+            "best_return": best_return,
+            "best_loss": best_loss,
+            "rounds_done": rounds_done,
+            "rng": runs.rng_state(),
+            "threads": torch.get_num_threads(),
+            "script": Path(__file__).name,
+            "run_dir": str(run_dir.resolve()),
+        }
+        if target_network is not None:
+            state["target_state_dict"] = target_network.state_dict()
+        if priority is not None:
+            state["priority"] = torch.from_numpy(priority)
+        runs.save_checkpoint(run_dir / name, state)
+        if name.endswith(".pth"):
+            runs.save_checkpoint(Path(args.model_dir) / name, state)
+
+    def policy(decode: str) -> Policy:
+        return Policy(network, sizes, known.cpu(), decode, device, args.seed)
+
+    eval_seeds = list(range(args.eval_seed, args.eval_seed + max(args.eval_episodes, args.final_eval_episodes)))
+    round_steps = [args.total_training_steps * (k + 1) // (rounds + 1) for k in range(rounds)]
+    step, started, waited, wait_from = start_step, time.time(), 0.0, time.time()
+    progress = tqdm(total=args.total_training_steps, initial=start_step, desc="updates", unit="update")
+    with runs.StopSignal() as stop_signal:
+        while step < args.total_training_steps and not stop_signal:
+            # DAgger: the student plays, the expert labels what it meets
+            if rounds_done < rounds and step == round_steps[rounds_done]:
+                results = play(envs, policy("argmax"), eval_seeds[: args.eval_episodes], args.eval_patience, "student")
+                student_return = np.mean([result["return"] for result in results])
+                share = args.dagger_decay ** (rounds_done + 1)
+                if args.dagger_share == "return":
+                    share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
+                seeds = iter(range(500_000 + 10_000 * rounds_done, 2**31))
+                asked = label_by_expert(envs, policy("sample"), share, labels_per_round, seeds, args)
+                agreement = np.mean(np.concatenate([episode["action"] == episode["taken"] for episode in asked]))
+                path = run_dir / f"dagger_round_{rounds_done + 1}.npz"
+                save_round(path, asked)
+                train_rows = np.concatenate([train_rows, add_round(demos, path)])
+                rounds_done += 1
+                writer.add_scalar("train/expert_share", share, step)
+                writer.add_scalar("train/expert_agreement", agreement, step)
+                writer.add_scalar("train/expert_labels", len(train_rows), step)
+                tqdm.write(
+                    f"round {rounds_done}: student's return {student_return:.2f}, expert's {expert_return:.2f}, expert "
+                    f"plays {share:.0%}, they agree on {agreement:.0%}, {len(train_rows):,} labels"
+                )
+                wait_from = time.time()
+
+            # fetch
+            rows, importance = sample_rows(train_rows, demos.rows["stage"], priority, args, step)
+            pixels = demos.gather(rows, args.frame_stack).to(device)  # (B, frames * 3, h, w)
+            actions, features = demos.batch(rows, device, "action", "features")
+            importance = torch.from_numpy(importance).to(device)
+            if args.frame_stack > 1 and args.stack_dropout:
+                pixels = drop_older_frames(pixels, args.stack_dropout)
+            waited += time.time() - wait_from
+
+            # forward and loss
+            logits = network(pixels, features)  # (B, A)
+            imitation = bc_loss(logits, actions.long(), class_weights, importance)
+            loss = imitation
+            if target_network is not None:
+                taken, return_n, next_row, discount, td_known = demos.batch(
+                    rows, device, "taken", "return_n", "next_row", "discount", "td_known"
+                )
+                next_rows = next_row.cpu().numpy()
+                next_pixels = demos.gather(next_rows, args.frame_stack).to(device)
+                next_features = demos.batch(next_rows, device, "features")[0]
+                with torch.no_grad():
+                    next_q, next_q_target = (net(next_pixels, next_features) for net in (network, target_network))
+                    target = td_target(return_n.nan_to_num(), discount, next_q, next_q_target, known)
+                temporal = td_loss(logits, taken.long(), target, td_known.float(), importance)
+                loss = args.bc_weight * imitation + temporal
+                if priority is not None:
+                    error = target - logits.detach().gather(1, taken.long()[:, None]).squeeze(1)
+                    priority[rows] = (error.abs() * td_known).cpu().numpy() + 1e-3
+
+            # step
+            lr = args.learning_rate * (1 - step / args.total_training_steps if args.anneal_lr else 1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if target_network is not None and step % args.target_frequency == 0:
+                target_network.load_state_dict(network.state_dict())
+            progress.update()
+            last = step == args.total_training_steps
+
+            # log
+            if step % args.log_every == 0 or last:
+                elapsed, done = time.time() - started, step - start_step
+                scalars = {
+                    "train/bc_loss": imitation.item(),
+                    "train/accuracy": (logits.argmax(1) == actions).float().mean().item(),
+                    "charts/learning_rate": lr,
+                    "charts/SPS": done * args.batch_size / elapsed,
+                    "charts/frames_seen": step * args.batch_size,
+                    "charts/epoch": step * args.batch_size / len(train_rows),
+                    "time/data_wait_frac": waited / elapsed,
+                    "time/step_ms": 1000 * (elapsed - waited) / done,
+                }
+                if target_network is not None:
+                    scalars["train/td_loss"] = temporal.item()
+                    scalars["train/total_loss"] = loss.item()
+                    scalars["train/q_mean"] = logits.mean().item()
+                    scalars["train/q_std"] = logits.std().item()
+                for name, scalar in scalars.items():
+                    writer.add_scalar(name, scalar, step)
+                progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{scalars['train/accuracy']:.2f}")
+
+            # evaluate, save
+            if len(val_rows) and (step % args.val_frequency == 0 or last):
+                metrics = evaluate(network, demos, val_rows, class_weights, args, device)
+                for name, metric in metrics.items():
+                    writer.add_scalar(name, metric, step)
+                if args.save_best and metrics["eval/loss"] < best_loss:
+                    best_loss = metrics["eval/loss"]
+                    save("best_val.pth", step)
+            if envs and args.eval_frequency and step % args.eval_frequency == 0 and not last and args.eval_episodes:
+                seeds = eval_seeds[: args.eval_episodes]
+                summary = summarise(play(envs, policy("argmax"), seeds, args.eval_patience, "evaluation"))
+                writer.add_scalar("eval/episodic_return", summary["return"][0], step)
+                writer.add_scalar("eval/episodic_length", summary["length"][0], step)
+                writer.add_scalar("eval/success_rate", summary["success"][0], step)
+                tqdm.write(f"update {step}: return {summary['return'][0]:.2f}, success {summary['success'][0]:.2f}")
+                if args.save_best and summary["return"][0] > best_return:
+                    best_return = summary["return"][0]
+                    save("best_model.pth", step, best_return)
+            if step % args.save_frequency == 0:
+                save(f"checkpoint_{step}.pth", step)
+            if step % args.val_frequency == 0 or last or stop_signal:
+                save("last.pt", step)
+            wait_from = time.time()
+    progress.close()
+    if stop_signal and step < args.total_training_steps:
+        writer.close()
+        if envs:
+            envs.close()
+        print(f"stopped after update {step} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}")
+        raise SystemExit(130)
+
+    # final evaluation
+    save("final_model.pth", step)
+    metrics = evaluate(network, demos, val_rows, class_weights, args, device) if len(val_rows) else {}
+    summaries, results, film = {}, {}, None
+    if envs and args.final_eval_episodes:
+        seeds = eval_seeds[: args.final_eval_episodes]
+        players = {"policy": policy("argmax"), "policy, sampled": policy("sample")}
+        if args.baseline_episodes:
+            players |= baselines(envs, demos, played, args)
+        film = Film(run_dir / "eval.mp4", names) if args.capture_video else None
+        for name, act in players.items():
+            count = len(seeds) if name.startswith("policy") else min(args.baseline_episodes, len(seeds))
+            patience, film_it = args.eval_patience, film if name == "policy" else None
+            results[name] = play(envs, act, seeds[:count], patience, name, film_it)
+            summaries[name] = summarise(results[name])
+        summary, sampled = summaries["policy"], summaries["policy, sampled"]
+        metrics |= {
+            "eval/episodic_return": summary["return"][0],
+            "eval/episodic_length": summary["length"][0],
+            "eval/success_rate": summary["success"][0],
+            "eval/episodic_return_sampled": sampled["return"][0],
+            "eval/success_rate_sampled": sampled["success"][0],
+        }
+        if args.save_best and summary["return"][0] > best_return:
+            best_return = summary["return"][0]
+            save("best_model.pth", step, best_return)
+        plot_evaluation(run_dir / "eval.png", summaries)
+    if args.save_best and not (run_dir / "best_model.pth").exists() and (run_dir / "best_val.pth").exists():
+        for folder in (run_dir, Path(args.model_dir)):
+            runs.save_checkpoint(folder / "best_model.pth", runs.load_checkpoint(run_dir / "best_val.pth"))
+    for name, metric in metrics.items():
+        writer.add_scalar(name, metric, step)
+    runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": summaries, "episodes": results})
+    writer.close()
+    if envs:
+        envs.close()
+    if metrics:
+        print("\nheld-out episodes: " + ", ".join(f"{n.removeprefix('eval/')} {m:.3f}" for n, m in metrics.items()))
+    if summaries:
+        report(summaries)
+    if args.export_onnx:
+        try:
+            off = export_onnx(Path(args.export_onnx), policy("argmax"), episodes[0]["shape"][1:], names)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from None
+        print(f"\n{args.export_onnx}: logits within {off:.1e} of torch's")
+    print(f"\nfiles  {run_dir}: eval.json, {'eval.png, ' * bool(summaries)}{'eval.mp4, ' * bool(film)}*.pth, last.pt")
+    print(f"curves tensorboard --logdir {args.run_root}")
+    return metrics | {"run_dir": str(run_dir), "step": step}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, args=runs.cli_words(Args, env_prefix="BC_POKEMON_")))

@@ -1,0 +1,768 @@
+"""Episodes of an expert as files to learn from: what it saw, what it pressed, what it got.
+
+The expert is scripted, a person at the keyboard, a file of yours, a trained policy, a list of actions or chance; the
+game is PokemonEnv, with your Emerald ROM or the small quest that ships with it, or any Gymnasium environment with
+pictures and a Discrete action space. Page: docs/collect_expert_data.md
+
+    python collect_expert_data.py --episodes 20
+
+Out: expert_data/episode_0001.npz and so on, numbering goes on from what is there; failed ones in expert_data/failed/.
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from tqdm import tqdm
+
+from pokemon_env import EMERALD_ROM, experts
+from pokemon_env.wrappers import PackedInfo, choose_env, make_env
+
+FORMAT_VERSION = 1
+COPY_BYTES = 1 << 24  # read or written at once while joining
+
+
+@dataclass
+class Args:
+    episodes: int = 10
+    """episodes to collect now, 1 or more; those that fail count"""
+    expert: str = "scripted"
+    """scripted, random[:seed], keyboard, replay:FILE, checkpoint:RUN_OR_FILE or path/to/file.py:factory"""
+    expert_data_dir: Path = Path("expert_data")
+    """folder the episodes go to; what is in it stays"""
+    seed: int = 1
+    """episode n of the folder is reset with seed + n"""
+    epsilon: float = 0.0
+    """share of steps, 0 to 1, in which a random action is played; the expert's own stays the label"""
+    num_workers: int = 1
+    """processes that play; 1 plays in this one"""
+
+    env_id: str | None = None
+    """a Gymnasium environment, such as ALE/Freeway-v5; None: PokemonEnv"""
+    rom_path: Path = EMERALD_ROM
+    """Pokemon Emerald (US); the default missing, the quest is played"""
+    core: Path | None = None
+    """a libretro core for the emulator; None: the one of stable-retro"""
+    init_state: Path | None = None
+    """save-state that episodes begin from; None: power on"""
+    max_steps: int | None = None
+    """steps after which an episode is cut; None: the environment's own limit"""
+
+    compress: bool = False
+    """deflate the files; a sixth of the size, and the trainer has to unpack them first"""
+    chunk_steps: int = 256
+    """steps that a killed run loses at most, 1 or more"""
+    record_video: bool = False
+    """write a video beside every episode, one picture a step"""
+    video_fps: int = 8
+    """pictures per second of that video"""
+
+    keys: tuple[str, ...] = (
+        "z=A",
+        "x=B",
+        "return=START",
+        "right shift=SELECT",
+        "up=UP",
+        "down=DOWN",
+        "left=LEFT",
+        "right=RIGHT",
+        "a=L",
+        "s=R",
+    )
+    """keyboard expert: KEY=ACTION each, keys by their pygame name, actions by name or number"""
+    idle: str | None = None
+    """keyboard expert: action played and recorded while no key is down; None: the game waits for a key"""
+    steps_per_s: float = 4.0
+    """keyboard expert: most steps per second; a step is a second of the game"""
+
+
+# --- ALGO LOGIC: which environment is played, and who says what is played. T steps, H W of a picture ---
+
+
+def meanings(env: gym.Env) -> list[str] | None:
+    """Names of the actions, where the environment has any."""
+    get = getattr(env.unwrapped, "get_action_meanings", None)
+    return list(get()) if get else None
+
+
+def person(args: Args, env: gym.Env, stop) -> experts.KeyboardExpert:
+    """The keyboard expert with the keys of `args`."""
+    names, n_actions = meanings(env), int(env.action_space.n)
+    idle = None if args.idle is None else to_number(args.idle, names, n_actions, "--idle")
+    return experts.KeyboardExpert(key_table(args.keys, names, n_actions), idle, args.steps_per_s, stop)
+
+
+def key_table(rows: tuple[str, ...], names: list[str] | None, n_actions: int) -> dict[str, int]:
+    table = {}
+    for row in rows:
+        key, equals, action = row.partition("=")
+        if not (key and equals and action):
+            raise ValueError(f"--keys {row!r}: expected KEY=ACTION, such as z=A")
+        table[key] = to_number(action, names, n_actions, f"--keys {row}")
+    return table
+
+
+def to_number(action: str, names: list[str] | None, n_actions: int, where: str) -> int:
+    try:
+        return experts.normalize_action(int(action) if action.isdigit() else action, names, n_actions)[0]
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).replace('the expert answered', 'there is no action')}") from None
+
+
+# players: one environment each, here or in a process of its own -------------------------------------------------------
+class LocalPlayer:
+    """The environment in this process. `reset` and `step` say what to do, `receive` does it."""
+
+    def __init__(self, env: PackedInfo):
+        self.env, self.request = env, None
+
+    def reset(self, seed: int):
+        self.request = partial(self.env.reset, seed=seed)
+
+    def step(self, action: int):
+        self.request = partial(self.env.step, action)
+
+    def receive(self) -> tuple[np.ndarray, float, bool, bool, dict]:
+        answer = self.request()
+        return answer if len(answer) == 5 else (answer[0], 0.0, False, False, answer[1])
+
+    def close(self):
+        self.env.close()
+
+
+class RemotePlayer:
+    """The environment in a process, as a vector of one: workers that step together would wait for the slowest."""
+
+    def __init__(self, make):
+        self.env = AsyncVectorEnv(
+            [make], copy=False, context="spawn", daemon=True, autoreset_mode=AutoresetMode.DISABLED
+        )
+        self.connection, self.resets = self.env.parent_pipes[0], False
+
+    def reset(self, seed: int):
+        self.env.reset_async(seed=[seed], options={"reset_mask": np.array([True])})
+        self.resets = True
+
+    def step(self, action: int):
+        self.env.step_async(np.array([action]))
+        self.resets = False
+
+    def receive(self) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """The picture is a view of shared memory, good until the next `step` or `reset`."""
+        if self.resets:
+            obs, info = self.env.reset_wait()
+            reward, terminated, truncated = [0.0], [False], [False]
+        else:
+            obs, reward, terminated, truncated, info = self.env.step_wait()
+        facts = {name: value[0] for name, value in info.items() if not name.startswith("_")}
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), facts
+
+    def close(self):
+        """Without a word to the process, which may be dead or in the middle of a step."""
+        for process in self.env.processes:
+            process.terminate()
+        for process in self.env.processes:
+            process.join()
+        self.env.closed = True  # its own close() would wait for an answer
+
+
+def ready(players: list) -> list:
+    """Of the players that were asked for something, those with an answer; waits for one, for half a second at most."""
+    local = [player for player in players if isinstance(player, LocalPlayer)]
+    if local:
+        return local
+    answered = wait([player.connection for player in players], timeout=0.5)
+    return [player for player in players if player.connection in answered]
+
+
+# files ----------------------------------------------------------------------------------------------------------------
+# An episode grows in episode_0007.part/: `episode.npz` has the head of a stored zip and then picture after picture,
+# `chunk_0000.json` the rest of chunk_steps steps, `facts.json` what holds for all. `join` fills in the head, appends
+# the small arrays and renames: pictures are written once.
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One process at a time takes a number or clears up in `folder`."""
+    with open(folder / ".lock", "ab") as file:
+        lock(file, block=True)
+        yield
+
+
+def lock(file, block: bool = False) -> bool:
+    """Whether this process now holds `file` alone; always where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+
+
+def next_number(folder: Path) -> int:
+    """One more than the highest number of an episode in `folder`, finished, failed or under way."""
+    names = [path.name for place in (folder, folder / "failed") if place.is_dir() for path in place.iterdir()]
+    return 1 + max((int(m[1]) for name in names if (m := re.fullmatch(r"episode_(\d+)\.(npz|part)", name))), default=0)
+
+
+def picture_head(T: int, shape: tuple[int, ...], data_crc: int) -> tuple[bytes, zipfile.ZipInfo]:
+    """The head of a stored zip whose first member is `observations.npy` with T pictures of `shape`, whose bytes have
+    the CRC-32 `data_crc`. Its length does not depend on T."""
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (T, *shape)}
+    np.lib.format.write_array_header_1_0(header, description)
+    header, size = header.getvalue(), T * math.prod(shape)
+    member = zipfile.ZipInfo("observations.npy")
+    member.CRC = crc_of_both(zlib.crc32(header), data_crc, size)
+    member.file_size = member.compress_size = len(header) + size
+    member.header_offset = 0
+    return member.FileHeader(zip64=True) + header, member
+
+
+def crc_of_both(first: int, second: int, second_bytes: int) -> int:
+    """CRC-32 of two pieces after each other from the CRC-32 of each: first * x^(8 * second_bytes) + second, modulo
+    the polynomial; bit 31 is x^0."""
+
+    def times(a: int, b: int) -> int:
+        product = 0
+        for bit in range(31, -1, -1):
+            if b >> bit & 1:
+                product ^= a
+            a = a >> 1 ^ (0xEDB88320 if a & 1 else 0)
+        return product
+
+    power, shift, n = 1 << 23, 1 << 31, second_bytes  # x^8, x^0
+    while n:
+        shift = times(shift, power) if n & 1 else shift
+        power, n = times(power, power), n >> 1
+    return times(first, shift) ^ second
+
+
+@dataclass
+class Writer:
+    """An episode under way. `observe` a picture, then `step` with what was done there, and at last `close`."""
+
+    folder: Path
+    number: int
+    facts: dict
+    chunk_steps: int
+    rows: list = field(default_factory=list)  # steps not yet in a chunk
+    chunks: int = 0
+    pictures: int = 0
+    steps: int = 0
+    crcs: tuple[int, int] = (0, 0)  # of all pictures but the last, of all
+
+    @classmethod
+    def begin(cls, folder: Path, seed: int, fixed_seed: int | None, facts: dict, chunk_steps: int) -> "Writer":
+        """Takes the next number; the episode's seed is `seed` + number, or `fixed_seed`."""
+        with folder_lock(folder):
+            number = next_number(folder)
+            facts = facts | {"seed": seed + number if fixed_seed is None else fixed_seed}
+            writer = cls(folder, number, facts, chunk_steps)
+            writer.part.mkdir()
+            writer.file = open(writer.part / "episode.npz", "x+b", buffering=0)
+            lock(writer.file)
+        try:
+            write_json(writer.part / "facts.json", writer.facts)
+            writer.file.seek(len(picture_head(0, tuple(facts["shape"]), 0)[0]))
+        except OSError:
+            writer.file.close()
+            shutil.rmtree(writer.part)
+            raise
+        return writer
+
+    @property
+    def part(self) -> Path:
+        return self.folder / f"episode_{self.number:04d}.part"
+
+    def observe(self, picture: np.ndarray):
+        written = self.file.write(picture)
+        if written != picture.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.part))
+        self.crcs = self.crcs[1], zlib.crc32(picture, self.crcs[1])
+        self.pictures += 1
+
+    def step(self, label: int, taken: int, reward: float, done: bool, info: str):
+        """What the expert said and what was played on the last picture, what came of it, and the info it had."""
+        self.rows.append((label, taken, reward, done, info))
+        self.steps += 1
+        if len(self.rows) == self.chunk_steps:
+            self.write_chunk({})
+
+    def write_chunk(self, ending: dict):
+        write_json(self.part / f"chunk_{self.chunks:04d}.json", {"steps": self.rows} | ending)
+        self.rows, self.chunks = [], self.chunks + 1
+
+    def close(self, ending: dict, compress: bool) -> Path:
+        """Join the episode; the path it is at. `ending`: truncated, interrupted, success, error, final_info."""
+        try:
+            self.write_chunk({"ending": ending})
+            return join(self.part, self.file, self.crcs[0] if self.pictures == self.steps + 1 else None, compress)
+        finally:
+            self.file.close()
+
+
+def write_json(path: Path, value):
+    """Write through a temporary name, so that there is never half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def join(part: Path, file, crc: int | None, compress: bool) -> Path | None:
+    """Make the episode of the folder `part`, whose pictures are in `file`, and remove the folder. None: there was no
+    complete step. `crc`: CRC-32 of the pictures, None to compute it. May be repeated after an error."""
+    facts = json.loads((part / "facts.json").read_text())
+    shape = tuple(facts["shape"])
+    size, start = math.prod(shape), len(picture_head(0, shape, 0)[0])
+    paths = sorted(part.glob("chunk_*.json"))
+    ending = {"truncated": True, "interrupted": True, "success": False, "error": "", "final_info": None}
+    T, n_pictures, longest = 0, (os.fstat(file.fileno()).st_size - start) // size, 1
+    for path in paths:  # one at a time: an episode's infos may be large
+        chunk = json.loads(path.read_text())
+        ending = chunk.get("ending", ending)
+        T, longest = T + len(chunk["steps"]), max([longest, *(len(row[4]) for row in chunk["steps"])])
+    if kept := list(part.glob("final_*.npy")):  # it was already being joined: its last picture is no longer in `file`
+        T = int(kept[0].stem.split("_")[1])
+    elif n_pictures <= T:  # killed while pictures were still on their way: the last step lacks where it led
+        T = n_pictures - 1
+        ending = ending | {"truncated": True, "interrupted": True}
+    if T < 0 or (T == 0 and not ending["error"]):
+        file.close()
+        shutil.rmtree(part)
+        return None
+    if not kept:
+        file.seek(start + T * size)
+        np.save(part / "final.tmp.npy", np.frombuffer(file.read(size), np.uint8).reshape(shape))
+        os.replace(part / "final.tmp.npy", part / f"final_{T}.npy")
+    final = np.load(part / f"final_{T}.npy")
+    if crc is None:
+        crc = crc_of_file(file, start, T * size)
+
+    def rows(column: int) -> Iterator[list]:
+        left = T
+        for path in paths:
+            values = [row[column] for row in json.loads(path.read_text())["steps"]][:left]
+            left -= len(values)
+            yield values
+
+    rewards = np.array([value for values in rows(2) for value in values], np.float32)
+    head, member = picture_head(T, shape, crc)
+    small = {
+        "actions": np.array([value for values in rows(0) for value in values], np.int32),
+        "taken_actions": np.array([value for values in rows(1) for value in values], np.int32),
+        "rewards": rewards,
+        "dones": np.array([value for values in rows(3) for value in values], np.bool_),
+        "episode_return": np.float64(rewards.sum(dtype=np.float64)),
+        "episode_length": np.int64(T),
+        "final_observation": final,
+        "final_info": np.array(ending["final_info"] or "null"),
+        "format_version": np.int64(FORMAT_VERSION),
+    }
+    small |= {name: np.array(ending[name]) for name in ("truncated", "interrupted", "success")}
+    small |= {name: np.array(value) for name, value in facts.items() if name != "shape"}
+    if ending["error"]:
+        small["error"] = np.array(ending["error"])
+
+    file.truncate(start + T * size)
+    file.seek(0)
+    file.write(head)
+    file.seek(start + T * size)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.infolist().append(member)
+        for name, array in small.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as target:
+                np.lib.format.write_array(target, np.asanyarray(array), allow_pickle=False)
+        with archive.open("infos.npy", "w", force_zip64=True) as target:
+            np.lib.format.write_array_header_1_0(
+                target, {"descr": f"<U{longest}", "fortran_order": False, "shape": (T,)}
+            )
+            for values in rows(4):
+                target.write(np.array(values, f"<U{longest}").tobytes())
+    source = part / "episode.npz"
+    if compress:
+        source = part / "compressed.npz"
+        deflate(part / "episode.npz", source)
+    final_path = part.parent / ("failed" if ending["error"] else "") / f"{part.stem}.npz"
+    with folder_lock(part.parent):
+        final_path.parent.mkdir(exist_ok=True)
+        os.rename(source, final_path)
+        file.close()
+        shutil.rmtree(part)
+    return final_path
+
+
+def crc_of_file(file, start: int, n_bytes: int) -> int:
+    file.seek(start)
+    crc = 0
+    while n_bytes > 0:
+        piece = file.read(min(COPY_BYTES, n_bytes))
+        crc, n_bytes = zlib.crc32(piece, crc), n_bytes - len(piece)
+    return crc
+
+
+def deflate(source: Path, target: Path):
+    """The same archive, compressed."""
+    with zipfile.ZipFile(source) as stored, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in stored.infolist():
+            with stored.open(member) as here, packed.open(member.filename, "w", force_zip64=True) as there:
+                shutil.copyfileobj(here, there, COPY_BYTES)
+
+
+def recover(folder: Path, compress: bool) -> list[Path]:
+    """Join what a killed run left in `folder`; its paths. Folders that a running collector fills are let alone."""
+    joined = []
+    for part in sorted(folder.glob("episode_*.part")):
+        with folder_lock(folder):
+            try:
+                file = open(part / "episode.npz", "r+b", buffering=0)
+            except FileNotFoundError:  # finished meanwhile, or killed before the first picture
+                if part.is_dir() and not any(part.glob("chunk_*.json")):
+                    shutil.rmtree(part)
+                continue
+            if not lock(file):
+                file.close()
+                continue
+        try:
+            if not (part / "facts.json").exists():  # nothing was played yet
+                shutil.rmtree(part)
+            elif path := join(part, file, None, compress):
+                joined.append(path)
+        finally:
+            file.close()
+    return joined
+
+
+# collecting -----------------------------------------------------------------------------------------------------------
+@dataclass
+class Tally:
+    """What came of the episodes."""
+
+    episodes: list[dict] = field(default_factory=list)  # number, seed, return, length, success, error, interrupted, ...
+    actions: np.ndarray = None  # labels per action
+    steps: int = 0
+
+
+class Collector:
+    """Plays episodes with several players and writes what they see."""
+
+    def __init__(self, args: Args, players: list, facts: dict, fixed_seed: int | None, stop: "Stop", bar: tqdm):
+        self.args, self.players, self.facts, self.fixed_seed = args, players, facts, fixed_seed
+        self.names, self.stop, self.bar = facts["action_meanings"], stop, bar
+        self.writers: dict = {}  # player: its episode
+        self.pending: dict = {}  # player: (label, action played, info) of the step it makes
+        self.rng: dict = {}  # player: chance of its episode
+        self.returns: dict = {}
+        self.tally = Tally(actions=np.zeros(len(self.names), int))
+        self.left = args.episodes
+        self.jobs: list[Future] = []
+        self.background = ThreadPoolExecutor(1)
+
+    def run(self):
+        """Until all episodes are there or `stop` is true. What is under way then is joined as it is."""
+        clock, shown = time.monotonic(), 0.0
+        try:
+            for player in self.players:
+                self.begin(player)
+            while self.writers and not self.stop():
+                for player in ready(list(self.writers)):
+                    self.receive(player)
+                if (now := time.monotonic() - clock) - shown > 0.5:
+                    shown = now
+                    self.bar.set_postfix_str(f"{self.tally.steps} steps, {self.tally.steps / now:.0f}/s")
+        except KeyboardInterrupt:  # a second Ctrl-C, or a person closed the window
+            self.stop.received = True
+        finally:
+            failure = sys.exc_info()[1]
+            for player in list(self.writers):
+                try:
+                    self.end(player, {"truncated": True, "interrupted": True})
+                except OSError as error:  # its folder stays, the next run joins it
+                    failure = failure or error
+            self.background.shutdown()
+            for job in self.jobs:
+                failure = failure or job.exception()
+            if failure and not isinstance(failure, KeyboardInterrupt):
+                raise failure
+
+    def begin(self, player):
+        if self.left <= 0:
+            return
+        self.left -= 1
+        args = self.args
+        writer = Writer.begin(args.expert_data_dir, args.seed, self.fixed_seed, self.facts, args.chunk_steps)
+        self.writers[player], self.returns[player] = writer, 0.0
+        self.rng[player] = np.random.default_rng([writer.facts["seed"], 1])
+        player.reset(writer.facts["seed"])
+
+    def receive(self, player):
+        """One answer of `player`: note the step that it ends, then begin the next one or end the episode."""
+        obs, reward, terminated, truncated, packed = player.receive()
+        writer, args = self.writers[player], self.args
+        if made := self.pending.pop(player, None):
+            label, taken, info = made
+            writer.step(label, taken, reward, terminated or truncated, info)
+            self.returns[player] += reward
+            self.tally.actions[label] += 1
+            self.tally.steps += 1
+        error = packed["expert_error"]
+        if terminated or truncated or error:
+            writer.observe(np.ascontiguousarray(obs))
+            ending = {"truncated": bool(truncated and not terminated), "success": bool(packed["success"])}
+            if error and not (terminated or truncated):
+                cut = error.startswith("EpisodeEnd")
+                ending |= {"truncated": True, "error": "" if cut else error}
+            self.end(player, ending | {"interrupted": False}, packed["json"])
+            self.begin(player)
+            return
+        label = taken = int(packed["expert_action"])
+        if args.epsilon and self.rng[player].random() < args.epsilon:
+            taken = int(self.rng[player].integers(len(self.names)))
+        picture = obs.copy()  # the player's memory is its own again
+        player.step(taken)
+        self.pending[player] = (label, taken, packed["json"])
+        writer.observe(picture)
+
+    def end(self, player, ending: dict, final_info: str | None = None):
+        """Close the episode of `player`; writing more than names and heads is left to a thread."""
+        writer = self.writers.pop(player)
+        made = self.pending.pop(player, None)
+        ending = {"success": False, "error": ""} | ending | {"final_info": final_info or (made and made[2])}
+        episode = {"number": writer.number, "seed": writer.facts["seed"], "length": writer.steps}
+        episode |= {"return": self.returns[player], **ending}
+        info = json.loads(ending["final_info"] or "null") or {}
+        episode["milestones"] = info.get("milestones", {}).get("completed", [])
+        self.tally.episodes.append(episode)
+        job = partial(finish, writer, ending, self.args.compress, self.args.video_fps if self.args.record_video else 0)
+        if self.args.compress or self.args.record_video:
+            self.jobs.append(self.background.submit(job))
+            if len(self.jobs) > len(self.players):
+                self.jobs.pop(0).result()
+        else:
+            job()
+        self.bar.update()
+
+
+def finish(writer: Writer, ending: dict, compress: bool, video_fps: int):
+    path = writer.close(ending, compress)
+    if path and video_fps and writer.steps:
+        write_video(path, video_fps)
+
+
+def write_video(path: Path, fps: int):
+    """The pictures of an episode as a video beside it."""
+    from common.video import VideoWriter  # imports torch
+    from pokemon_env.episodes import open_observations
+
+    temporary = path.with_name(f".{path.stem}.tmp.mp4")
+    try:
+        with open_observations(path) as (shape, _, stream), VideoWriter(temporary, fps, shape[2], shape[1]) as video:
+            for _ in range(shape[0]):
+                video.add(np.frombuffer(stream.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:]))
+        os.replace(temporary, path.with_suffix(".mp4"))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# the table ------------------------------------------------------------------------------------------------------------
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a rate."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = hits / n, z * z
+    middle, half = (p + zz / (2 * n)) / (1 + zz / n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def summarise(tally: Tally, names: list[str]) -> dict:
+    """Numbers over the episodes that came to their end."""
+    failed = [e for e in tally.episodes if e["error"]]
+    cut = [e for e in tally.episodes if e["interrupted"]]
+    whole = [e for e in tally.episodes if not e["error"] and not e["interrupted"]]
+    reached = list(dict.fromkeys(name for e in whole for name in e["milestones"]))
+    return {
+        "episodes": len(whole),
+        "failed": {e["number"]: e["error"] for e in failed},
+        "interrupted": [e["number"] for e in cut],
+        "returns": [e["return"] for e in whole],
+        "lengths": [e["length"] for e in whole],
+        "success": [e["success"] for e in whole],
+        "milestones": {name: sum(name in e["milestones"] for e in whole) for name in reached},
+        "actions": {name: int(n) for name, n in zip(names, tally.actions, strict=True)},
+        "steps": tally.steps,
+    }
+
+
+def table(summary: dict) -> str:
+    def line(name: str, values: list[float]) -> str:
+        v = np.array(values, float)
+        return f"{name:<12}{v.mean():>9.2f}{v.std():>9.2f}{v.min():>9.2f}{np.median(v):>9.2f}{v.max():>9.2f}"
+
+    def rate(name: str, hits: int, n: int) -> str:
+        low, high = wilson(hits, n)
+        return f"{name:<26}{hits:>5} of {n:<5}{hits / n:>7.1%}   {low:.1%} to {high:.1%}"
+
+    lines, n = [], summary["episodes"]
+    if n:
+        lines.append(f"{'':<12}{'mean':>9}{'std':>9}{'min':>9}{'median':>9}{'max':>9}")
+        lines += [line("return", summary["returns"]), line("length", summary["lengths"])]
+    if n and summary["milestones"]:
+        lines.append(f"{'rates':<26}{'':<14}{'':>7}   95 % interval")
+        lines += [rate(name, hits, n) for name, hits in summary["milestones"].items()]
+        lines.append(rate("success", sum(summary["success"]), n))
+    total = sum(summary["actions"].values())
+    if total:
+        counts = sorted(summary["actions"].items(), key=lambda item: -item[1])
+        lines.append("actions     " + ", ".join(f"{name} {k} ({k / total:.1%})" for name, k in counts if k))
+    return "\n".join(lines)
+
+
+# main -----------------------------------------------------------------------------------------------------------------
+class Stop:
+    """Called: whether Ctrl-C or SIGTERM came. The first is noted, so that files are closed; the next stops at once."""
+
+    def __init__(self):
+        self.received = False
+
+    def __call__(self) -> bool:
+        return self.received
+
+    def __enter__(self) -> "Stop":
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, _):
+        self.received = True
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def check(args: Args):
+    """Raise ValueError for values that cannot be meant."""
+    for name, low, high in (
+        ("episodes", 1, None),
+        ("num_workers", 1, None),
+        ("chunk_steps", 1, None),
+        ("video_fps", 1, None),
+        ("max_steps", 1, None),
+        ("epsilon", 0, 1),
+    ):
+        value = getattr(args, name)
+        if value is not None and (value < low or (high is not None and value > high)):
+            expected = f"{low} to {high}" if high is not None else f"{low} or more"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    if not args.steps_per_s > 0:
+        raise ValueError(f"--steps-per-s {args.steps_per_s}: expected more than 0")
+    if args.expert == "keyboard" and args.num_workers > 1:
+        raise ValueError(f"--num-workers {args.num_workers}: one person plays one game, expected 1")
+    if args.expert_data_dir.exists() and not args.expert_data_dir.is_dir():
+        raise ValueError(f"--expert-data-dir {args.expert_data_dir} is a file, expected a folder")
+
+
+def main(args: Args) -> dict:
+    """Collect, then print the table. Returns what is in it, `paths` and `recovered`. Exit status 1 if an episode failed
+    or the disk is full, 130 after Ctrl-C."""
+    stop, players = Stop(), []
+    try:
+        check(args)
+        where = (args.env_id, args.rom_path, args.core, args.init_state, args.max_steps)
+        env_id, _ = choose_env(*where)
+        fixed_seed = None
+        if args.expert.startswith("replay:"):
+            fixed_seed = experts.load_replay(Path(args.expert.removeprefix("replay:")))[1]
+        args.expert_data_dir.mkdir(parents=True, exist_ok=True)
+        recovered = recover(args.expert_data_dir, args.compress)
+        make = partial(make_env, *where, args.expert)
+        if args.expert == "keyboard":
+            env = make_env(*where)
+            env.expert = experts.Driver(person(args, env, stop), meanings(env), int(env.action_space.n))
+        else:
+            env = make()
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:
+        raise SystemExit(str(error)) from None
+    for path in recovered:
+        print(f"{path}: joined from what a killed run left, up to its last whole chunk")
+    n_actions = int(env.action_space.n)
+    names = meanings(env) or [str(n) for n in range(n_actions)]
+    facts = {
+        "env_id": env_id,
+        "rom_sha1": getattr(env.unwrapped, "rom_sha1", None) or "",
+        "action_meanings": names,
+        "shape": env.observation_space.shape,
+        "expert": args.expert,
+        "epsilon": args.epsilon,
+    }
+    workers = f"{args.num_workers} workers" if args.num_workers > 1 else "this process"
+    print(f"{env_id}: {args.episodes} episodes of the {args.expert} expert by {workers} into {args.expert_data_dir}")
+    if args.expert == "keyboard":
+        print("keys: " + ", ".join(args.keys) + "; Escape or closing the window ends")
+
+    with stop, tqdm(total=args.episodes, unit="episode") as bar:
+        collector = None
+        try:
+            if args.num_workers == 1:
+                players = [LocalPlayer(env)]
+            else:
+                env.close()
+                players = [RemotePlayer(make) for _ in range(min(args.num_workers, args.episodes))]
+            collector = Collector(args, players, facts, fixed_seed, stop, bar)
+            collector.run()
+            problem = None
+        except (EOFError, ConnectionError) as error:
+            problem = f"a worker died ({experts.describe(error)}). What it wrote is joined at the next start"
+        except OSError as error:
+            problem = f"{args.expert_data_dir}: {error.strerror or error}"
+            if error.errno == errno.ENOSPC:
+                problem += ". The finished episodes are whole; free some space and start again: numbering goes on"
+        finally:
+            for player in players:
+                player.close()
+
+    summary = summarise(collector.tally, names) if collector else {"failed": {}, "interrupted": []}
+    if collector:
+        print(table(summary))
+    for number, error in summary["failed"].items():
+        print(f"episode {number:04d} failed: {error}")
+    if summary["interrupted"]:
+        print("cut short: episodes " + ", ".join(f"{number:04d}" for number in summary["interrupted"]))
+    print(f"files in {args.expert_data_dir}" + ("; failed ones in failed/, not for training" * bool(summary["failed"])))
+    if problem:
+        raise SystemExit(problem)
+    if stop.received:
+        raise SystemExit(130)
+    if summary["failed"]:
+        raise SystemExit(f"{len(summary['failed'])} of {len(collector.tally.episodes)} episodes failed")
+    return summary | {"recovered": recovered}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
