@@ -42,21 +42,22 @@ static void send_foe(int kind, int level, u32 count) {
 }
 
 static void bars(void) {
-    box(0, 1, 15, 5, P_TEXT);
-    print(1, 2, foe_names[KIND], P_TEXT);
-    print(10, 2, KIND == LEAF ? "LEAF" : "TIDE", P_TEXT);
-    bar(2, 3, 11, ENEMY->hp, ENEMY->max_hp);
-    box(15, 9, 15, 5, P_TEXT);
-    print(16, 10, "YOURS", P_TEXT);
-    print_number(22, 10, PARTY->hp, P_TEXT);
-    print(25, 10, "/", P_TEXT);
-    print_number(26, 10, PARTY->max_hp, P_TEXT);
-    bar(17, 11, 11, PARTY->hp, PARTY->max_hp);
+    box(0, 0, 16, 6, P_TEXT);
+    print(2, 1, foe_names[KIND], P_TEXT);
+    print(10, 1, KIND == LEAF ? "LEAF" : "TIDE", P_TEXT);
+    bar(2, 3, 12, ENEMY->hp, ENEMY->max_hp);
+    box(14, 8, 16, 6, P_TEXT);
+    print(16, 9, starter_names[var(VAR_CHOICE)], P_TEXT);
+    print_number(PARTY->hp < 10 ? 24 : 23, 9, PARTY->hp, P_TEXT);
+    print(25, 9, "/", P_TEXT);
+    print_number(26, 9, PARTY->max_hp, P_TEXT);
+    bar(16, 11, 12, PARTY->hp, PARTY->max_hp);
 }
 
 static void stage(void) {
     sprites_clear();
-    if (ENEMY->hp) sprite(160, 12, KIND == LEAF ? S_LEAF : S_TIDE, BEAST_PALETTE + 3 + KIND, 0, 3, 0);
+    if (BATTLE_TYPE & 8) sprite(222, 28, S_PERSON, here == GYM ? 6 : 5, 2, 2, 0);
+    if (ENEMY->hp) sprite(160, 6, KIND == LEAF ? S_LEAF : S_TIDE, BEAST_PALETTE + 3 + KIND, 0, 3, 0);
     if (PARTY->hp) sprite(24, 52, S_HERO, BEAST_PALETTE + var(VAR_CHOICE), 0, 3, 0);
     bars();
 }
@@ -71,6 +72,7 @@ static void scenery(void) {
             u32 entry = m * 4 | P_SCENE << 12;
             to[0] = entry, to[1] = entry + 1, to[32] = entry + 2, to[33] = entry + 3;
         }
+    gfx_scene(BATTLE_TYPE >> 3 & 1);
     REG_BG1HOFS = REG_BG1VOFS = 0;
 }
 

@@ -15,4 +15,5 @@ arm-none-eabi-gcc -mcpu=arm7tdmi -mthumb -mthumb-interwork -Os -std=c11 -Wall -W
     -Wl,--build-id=none -T gba.ld crt0.s main.c field.c battle.c maps.c text.c gfx.c -lgcc -o "$work/quest.elf"
 arm-none-eabi-objcopy -O binary "$work/quest.elf" "$work/quest.gba"
 cp "$work/quest.gba" "$output.part"
+chmod 644 "$output.part" # objcopy marks its result executable
 mv "$output.part" "$output"

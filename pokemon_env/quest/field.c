@@ -4,7 +4,8 @@
 int here; // index of the map one is on
 static u8 walk, turn, dirty;
 static s8 shift_x[16], shift_y[16]; // pixels that an object is still away from its cell
-static u8 timer[16], stepping[16];
+static u16 timer[16];
+static u8 stepping[16];
 static const s8 step_x[5] = {0, 0, 0, -1, 1}, step_y[5] = {0, 1, -1, 0, 0};
 
 static Object *player(void) { return &OBJECTS[PLAYER_INDEX]; }
@@ -64,7 +65,7 @@ static void load(int map) {
         o->home_x = o->x = o->old_x = p->x + 7, o->home_y = o->y = o->old_y = p->y + 7;
         o->facing = 0x11;
         shift_x[1 + i] = shift_y[1 + i] = 0;
-        timer[1 + i] = 20 + random(100);
+        timer[1 + i] = 30 + random(300);
     }
 }
 
@@ -109,7 +110,7 @@ void hud(void) {
         int tile = U_ICON + 4 * (flag(slots[i].flag) ? slots[i].icon : I_SLOT);
         for (int k = 0; k < 4; k++) put(3 * i + (k & 1), k >> 1, tile + k, P_ICON);
     }
-    if (PARTY_COUNT) bar(13, 0, 8, PARTY[0].hp, PARTY[0].max_hp);
+    if (PARTY_COUNT) bar(12, 0, 10, PARTY[0].hp, PARTY[0].max_hp);
     for (u32 i = 0; i < money() / 500 && i < 2; i++)
         for (int k = 0; k < 4; k++) put(23 + 2 * i + (k & 1), k >> 1, U_ICON + 4 * I_COIN + k, P_ICON);
     if (potions()) {
@@ -156,7 +157,8 @@ void field_enter(int map, int x, int y, int facing) {
     walk = turn = 0;
     load(map);
     p = player();
-    p->active = 1, p->look = 0, p->local = 0xFF, p->map = maps[map].number, p->group = maps[map].group, p->elevation = 3;
+    p->active = 1, p->look = 0, p->local = 0xFF, p->map = maps[map].number, p->group = maps[map].group,
+        p->elevation = 3;
     p->facing = facing * 0x11;
     shift_x[0] = shift_y[0] = 0;
     place(x, y);
@@ -251,7 +253,10 @@ static void arrived(void) {
         }
         return;
     }
-    if (here == WOODS && x == 7 && y == 3 && !flag(FLAG_TRAINER)) talk(WOODS, 1);
+    if (here == WOODS && x == 7 && y == 3 && !flag(FLAG_TRAINER)) {
+        talk(WOODS, 1);
+        return;
+    }
     if ((grid_at(x, y) & 255) == M_TALL && PARTY_COUNT && random(12) == 0) {
         if (battle(0, 1, random(2))) field_show();
         else lose();
@@ -268,10 +273,6 @@ static void act(void) {
         o->facing = (facing == SOUTH ? NORTH : facing == NORTH ? SOUTH : facing == WEST ? EAST : WEST) * 0x11;
         sprites();
         talk(here, o->local);
-        if (OBJECTS[i].active && maps[here].events.person[i - 1].flag && flag(maps[here].events.person[i - 1].flag)) {
-            OBJECTS[i].active = 0;
-            sprites();
-        }
     } else if (tile == M_TABLE_BAG) take_creature();
     else if (tile == M_TABLE) say("THE BAG IS GONE:\nYOU HAVE TAKEN IT.");
     else if (tile == M_LOCKED) say("THE DOOR IS BARRED.");
@@ -293,7 +294,7 @@ static void people_tick(void) {
             shift_y[i] -= shift_y[i] > 0 ? 1 : shift_y[i] < 0 ? -1 : 0;
             dirty = 1;
         } else if (--timer[i] == 0) {
-            timer[i] = 60 + random(160);
+            timer[i] = 160 + random(300);
             int d = 1 + random(4), x = o->x + step_x[d], y = o->y + step_y[d];
             int dx = x - o->home_x, dy = y - o->home_y, rx = o->range & 15, ry = o->range >> 4;
             o->facing = d * 0x11;

@@ -105,7 +105,8 @@ static void outline(int w, int h, int c) {
         for (int x = 0; x < w; x++) {
             u8 *p = CANVAS + y * 64 + x;
             if (*p) continue;
-            if ((x > 0 && p[-1] && p[-1] != c) || (x < w - 1 && p[1] && p[1] != c) || (y > 0 && p[-64] && p[-64] != c) ||
+            if ((x > 0 && p[-1] && p[-1] != c) || (x < w - 1 && p[1] && p[1] != c) 
+                || (y > 0 && p[-64] && p[-64] != c) ||
                 (y < h - 1 && p[64] && p[64] != c))
                 *p = c;
         }
@@ -124,7 +125,8 @@ static void pack(volatile u16 *to, int w, int h) {
 
 static void pack_metatile(int m) { pack(MAP_TILES + m * 64, 16, 16); }
 
-// Terrain: colours 1-3 ground light to dark, 4-6 tree, 7 trunk, 8-9 path, 10-11 water, 12 white, 13 red, 14 yellow, 15 dark
+// Terrain: colours 1-3 ground light to dark, 4-6 tree, 7 trunk, 8-9 path, 10-11 water, 12 white, 13 red, 14 yellow,
+// 15 dark
 static void blades(int x, int y, int c) {
     dot(x, y + 1, c), dot(x + 1, y, c), dot(x + 2, y + 1, c);
 }
@@ -170,7 +172,8 @@ static void terrain(void) {
     pack_metatile(M_TALL);
     wipe(16, 16, 3);
     rect(6, 11, 4, 5, 7);
-    oval(16, 14, 16, 14, 15), oval(16, 13, 14, 12, 6), oval(15, 11, 12, 9, 5), oval(12, 8, 6, 4, 4), oval(21, 12, 4, 3, 4);
+    oval(16, 14, 16, 14, 15), oval(16, 13, 14, 12, 6), oval(15, 11, 12, 9, 5), oval(12, 8, 6, 4, 4),
+        oval(21, 12, 4, 3, 4);
     pack_metatile(M_TREE);
     wipe(16, 16, 3);
     rect(6, 12, 4, 4, 7);
@@ -206,11 +209,13 @@ static void terrain(void) {
         pack_metatile(with ? M_TABLE_BAG : M_TABLE);
     }
     wipe(16, 16, 8); // a shut gate: bars in red and white
-    rect(0, 0, 16, 16, 15), rect(1, 1, 14, 14, 13), rect(1, 4, 14, 3, 12), rect(1, 10, 14, 3, 12), rect(4, 1, 1, 14, 15);
+    rect(0, 0, 16, 16, 15), rect(1, 1, 14, 14, 13), rect(1, 4, 14, 3, 12), rect(1, 10, 14, 3, 12),
+        rect(4, 1, 1, 14, 15);
     rect(7, 1, 2, 14, 15), rect(11, 1, 1, 14, 15);
     pack_metatile(M_GATE);
     wipe(16, 16, 8);
-    dot(3, 8, 9), dot(11, 9, 9), rect(0, 0, 16, 2, 13), rect(0, 14, 16, 2, 13), rect(0, 2, 16, 1, 15), rect(0, 13, 16, 1, 15);
+    dot(3, 8, 9), dot(11, 9, 9), rect(0, 0, 16, 2, 13), rect(0, 14, 16, 2, 13), rect(0, 2, 16, 1, 15),
+        rect(0, 13, 16, 1, 15);
     pack_metatile(M_GATE_OPEN);
     ground();
     rect(7, 9, 2, 6, 15), rect(1, 1, 14, 9, 15), rect(2, 2, 12, 7, 8), rect(4, 4, 8, 1, 7), rect(4, 6, 6, 1, 7);
@@ -300,11 +305,14 @@ static void furniture(void) {
     pack_metatile(M_PLANT);
     boards(0);
     rect(2, 11, 12, 5, 15), rect(3, 12, 10, 3, 4);
-    oval(16, 12, 11, 12, 15), oval(16, 12, 9, 10, 3), oval(14, 9, 4, 4, 12), dot(6, 6, 15), dot(9, 6, 15), rect(6, 9, 4, 1, 15);
+    oval(16, 12, 11, 12, 15), oval(16, 12, 9, 10, 3), oval(14, 9, 4, 4, 12), dot(6, 6, 15), dot(9, 6, 15),
+        rect(6, 9, 4, 1, 15);
     pack_metatile(M_STATUE);
     wipe(16, 16, 15);
     rect(1, 0, 14, 15, 12), rect(1, 6, 14, 9, 9), rect(3, 1, 10, 4, 13);
     pack_metatile(M_BED2);
+    wipe(16, 16, 15);
+    pack_metatile(M_VOID);
 }
 
 // The battle scene: 1 sky, 2 sky low, 3 ground, 4 ground dark
@@ -331,21 +339,18 @@ static void interface(void) {
     wipe(8, 8, 0);
     pack(UI_TILES, 8, 8);
     for (int q = 0; q < 16; q++) { // quarter blocks for big letters
-        wipe(8, 8, 0);
+        wipe(8, 8, 1);
         for (int k = 0; k < 4; k++)
             if (q >> k & 1) rect(k % 2 * 4, k / 2 * 4, 4, 4, 2);
         pack(UI_TILES + (U_QUAD + q) * 16, 8, 8);
     }
     for (int f = 0; f < 9; f++) { // frame: rows of top, middle, bottom; left, middle, right in each
         wipe(8, 8, 1);
-        if (f / 3 == 0) rect(0, 1, 8, 2, 3);
-        if (f / 3 == 2) rect(0, 5, 8, 2, 3);
-        if (f % 3 == 0) rect(1, f / 3 ? 0 : 1, 2, f == 6 ? 7 : f ? 8 : 7, 3);
-        if (f % 3 == 2) rect(5, f / 3 ? 0 : 1, 2, f == 8 ? 7 : f == 2 ? 7 : 8, 3);
-        if (f % 3 == 0) rect(0, 0, 1, 8, f == 3 ? 0 : 0);
-        if (f % 3 == 2) rect(7, 0, 1, 8, 0);
-        if (f / 3 == 0) rect(0, 0, 8, 1, 0);
-        if (f / 3 == 2) rect(0, 7, 8, 1, 0);
+        int row = f / 3, column = f % 3;
+        if (row != 1) rect(0, row ? 5 : 1, 8, 2, 3);
+        if (column != 1) rect(column ? 5 : 1, 0, 2, 8, 3);
+        if (row != 1) rect(0, row ? 7 : 0, 8, 1, 0); // see through beyond the frame
+        if (column != 1) rect(column ? 7 : 0, 0, 1, 8, 0);
         pack(UI_TILES + (U_FRAME + f) * 16, 8, 8);
     }
     wipe(8, 8, 1); // more to come
@@ -360,18 +365,12 @@ static void interface(void) {
             if (n) rect(0, low ? 0 : 2, n, 6, 1);
             pack(UI_TILES + (U_BAR + 2 * n + low) * 16, 8, 8);
         }
-    for (int side = 0; side < 2; side++)
-        for (int low = 0; low < 2; low++) {
-            wipe(8, 8, 0);
-            rect(side ? 0 : 6, low ? 0 : 0, 2, 8, 2);
-            pack(UI_TILES + (U_BAR + 18 + 2 * side + low) * 16, 8, 8);
-        }
     // icons: 1 ribbon, 2 white, 3 red, 4 yellow, 5 green, 6 blue, 7 brown, 8 slot, 15 dark
     wipe(16, 16, 1);
     rect(2, 2, 12, 12, 15), rect(3, 3, 10, 10, 8);
     icon(I_SLOT);
     wipe(16, 16, 1);
-    rect(1, 1, 14, 14, 15);
+    rect(1, 1, 14, 14, 15), rect(2, 2, 12, 12, 5);
     oval(16, 18, 12, 11, 4), wedge(4, 2, 2, 5, 4), wedge(11, 2, 2, 5, 4), rect(5, 7, 2, 3, 15), rect(9, 7, 2, 3, 15);
     rect(7, 11, 2, 1, 15);
     icon(I_CREATURE);
@@ -382,8 +381,8 @@ static void interface(void) {
     rect(1, 1, 14, 14, 15), rect(2, 2, 12, 12, 6), rect(2, 2, 2, 12, 3), rect(6, 4, 6, 3, 2), rect(12, 3, 1, 11, 2);
     icon(I_BOOK);
     wipe(16, 16, 1);
-    rect(1, 1, 14, 14, 15);
-    wedge(8, 1, 6, 7, 5), wedge(8, 14, 6, -7, 5), wedge(8, 4, 2, 4, 2);
+    rect(1, 1, 14, 14, 15), rect(2, 2, 12, 12, 2);
+    wedge(8, 2, 5, 6, 5), wedge(8, 13, 5, -6, 5), wedge(8, 5, 2, 3, 4);
     icon(I_BADGE);
     wipe(16, 16, 1);
     oval(16, 16, 14, 14, 15), oval(16, 16, 12, 12, 4), rect(7, 4, 2, 8, 7);
@@ -439,15 +438,17 @@ static void people(void) {
     }
 }
 
-// Creatures: 1 light, 2 body, 3 shade, 4 belly, 5 extra, 6 white, 15 dark ------------------------------------------------
+// Creatures: 1 light, 2 body, 3 shade, 4 belly, 5 extra, 6 white, 15 dark ---------------------------------------------
 static void eye(int x, int y) {
     rect(x, y, 5, 7, 6), rect(x + 1, y + 2, 3, 5, 15), dot(x + 1, y + 2, 6);
 }
 
 static void creatures(void) {
     wipe(32, 32, 0); // starter, from the front
-    wedge(7, 2, 4, 9, 3), wedge(24, 2, 4, 9, 3), oval(32, 50, 20, 13, 3), oval(32, 24, 25, 20, 2), oval(27, 18, 12, 8, 1);
-    oval(32, 52, 11, 8, 4), rect(9, 10, 4, 5, 15), rect(19, 10, 4, 5, 15), dot(10, 11, 6), dot(20, 11, 6), rect(14, 16, 4, 2, 15);
+    wedge(7, 2, 4, 9, 3), wedge(24, 2, 4, 9, 3), oval(32, 50, 20, 13, 3), oval(32, 24, 25, 20, 2),
+        oval(27, 18, 12, 8, 1);
+    oval(32, 52, 11, 8, 4), rect(9, 10, 4, 5, 15), rect(19, 10, 4, 5, 15), dot(10, 11, 6), dot(20, 11, 6),
+        rect(14, 16, 4, 2, 15);
     outline(32, 32, 15);
     pack(OBJ_TILES + S_STARTER * 16, 32, 32);
 
@@ -466,7 +467,8 @@ static void creatures(void) {
     pack(OBJ_TILES + S_TIDE * 16, 64, 64);
 
     wipe(64, 64, 0); // our own, from behind
-    wedge(14, 4, 8, 20, 3), wedge(48, 4, 8, 20, 3), oval(64, 104, 46, 32, 3), oval(64, 58, 50, 44, 2), oval(54, 44, 26, 16, 1);
+    wedge(14, 4, 8, 20, 3), wedge(48, 4, 8, 20, 3), oval(64, 104, 46, 32, 3), oval(64, 58, 50, 44, 2),
+        oval(54, 44, 26, 16, 1);
     oval(64, 106, 34, 24, 2), oval(104, 100, 16, 10, 5), oval(112, 92, 10, 10, 4);
     outline(64, 64, 15);
     pack(OBJ_TILES + S_HERO * 16, 64, 64);
@@ -485,14 +487,16 @@ static const u16 house[16] = {
     RGB(10, 18, 28), RGB(19, 27, 31), RGB(15, 8, 3), RGB(20, 12, 5), WHITE, RGB(30, 25, 6), RGB(19, 19, 20), DARK,
 };
 static const u16 terrain_colours[16] = {
-    0, 0, 0, 0, 0, 0, 0, RGB(14, 8, 4), 0, 0, RGB(15, 24, 31), RGB(7, 15, 28), WHITE, RGB(29, 6, 7), RGB(31, 27, 6), DARK,
+    0, 0, 0, 0, 0, 0, 0, RGB(14, 8, 4), 0, 0, RGB(15, 24, 31), RGB(7, 15, 28), WHITE, RGB(29, 6, 7), RGB(31, 27, 6),
+        DARK,
 };
 static const u16 inside_colours[16] = {
     0, 0, 0, RGB(27, 25, 23), RGB(20, 17, 16), RGB(14, 11, 11), RGB(27, 19, 10), RGB(21, 13, 6), RGB(13, 7, 3), 0, 0,
     RGB(7, 22, 7), WHITE, RGB(12, 28, 29), RGB(31, 27, 7), DARK,
 };
-static const u16 scene_colours[16] = {
-    0, RGB(22, 28, 31), RGB(27, 30, 31), RGB(24, 27, 16), RGB(17, 21, 11),
+static const u16 scene_colours[2][16] = {
+    {0, RGB(22, 28, 31), RGB(27, 30, 31), RGB(24, 27, 16), RGB(17, 21, 11)}, // in the wild
+    {0, RGB(20, 6, 14), RGB(26, 10, 12), RGB(30, 18, 8), RGB(23, 11, 4)},    // against a person
 };
 static const u16 text_colours[8][16] = {
     {0, RGB(4, 26, 5), DARK, RGB(10, 10, 11)},                                              // P_GREEN, bars
@@ -500,8 +504,8 @@ static const u16 text_colours[8][16] = {
     {0, RGB(31, 4, 4), DARK, RGB(10, 10, 11)},                                              // P_RED
     {0, RGB(4, 6, 24), WHITE, RGB(31, 29, 8), RGB(31, 29, 8)},                              // P_PICK
     {0, 0, WHITE, DARK},                                                                    // P_RIBBON
-    {0, 0, WHITE, RGB(30, 5, 5), RGB(31, 27, 3), RGB(4, 27, 8), RGB(6, 12, 30), RGB(19, 11, 3), RGB(9, 9, 12), 0, 0, 0, 0, 0,
-     0, RGB(2, 2, 4)},                                                                      // P_ICON
+    {0, 0, WHITE, RGB(30, 5, 5), RGB(31, 27, 3), RGB(4, 27, 8), RGB(6, 12, 30), RGB(19, 11, 3), RGB(9, 9, 12), // P_ICON
+     [15] = RGB(2, 2, 4)},
     {0, RGB(25, 3, 5), WHITE, RGB(31, 29, 8), RGB(31, 29, 8)},                              // P_LIT
     {0, RGB(30, 30, 29), DARK, RGB(11, 12, 19), RGB(29, 5, 5)},                             // P_TEXT
 };
@@ -517,7 +521,8 @@ static const u16 looks[9][16] = {
     LOOK(RGB(25, 20, 6), RGB(17, 13, 3), RGB(23, 6, 26), RGB(14, 3, 17), RGB(23, 6, 26), RGB(14, 3, 17), RGB(8, 4, 10)),
     LOOK(RGB(2, 2, 3), RGB(1, 1, 2), RGB(7, 7, 8), RGB(4, 4, 5), RGB(28, 4, 4), RGB(18, 2, 2), RGB(5, 5, 6)),
     LOOK(RGB(30, 15, 3), RGB(21, 9, 1), RGB(16, 4, 6), RGB(10, 2, 3), RGB(16, 4, 6), RGB(10, 2, 3), RGB(27, 25, 20)),
-    LOOK(RGB(24, 12, 6), RGB(16, 7, 3), RGB(30, 17, 20), RGB(21, 10, 13), RGB(30, 17, 20), RGB(21, 10, 13), RGB(13, 15, 24)),
+    LOOK(RGB(24, 12, 6), RGB(16, 7, 3), RGB(30, 17, 20), RGB(21, 10, 13), RGB(30, 17, 20), RGB(21, 10, 13),
+     RGB(13, 15, 24)),
     LOOK(RGB(8, 5, 4), RGB(5, 3, 2), RGB(13, 24, 26), RGB(8, 15, 17), RGB(13, 24, 26), RGB(8, 15, 17), RGB(14, 10, 6)),
 };
 #define BEAST(light, body, shade, belly, extra)                                                                        \
@@ -529,6 +534,8 @@ static const u16 beasts[5][16] = {
     BEAST(RGB(19, 31, 14), RGB(7, 25, 5), RGB(3, 16, 4), RGB(28, 30, 17), RGB(2, 20, 3)),
     BEAST(RGB(20, 28, 31), RGB(5, 14, 31), RGB(3, 8, 22), RGB(27, 30, 31), RGB(3, 22, 29)),
 };
+
+void gfx_scene(int trainer) { colours(BG_PALETTE + P_SCENE * 16, scene_colours[trainer]); }
 
 void gfx_theme(const Theme *t) {
     volatile u16 *p = BG_PALETTE;
@@ -552,7 +559,6 @@ void gfx_init(void) {
     colours(BG_PALETTE + P_HOUSE_A * 16, house);
     colours(BG_PALETTE + P_HOUSE_B * 16, house);
     colours(BG_PALETTE + P_INSIDE * 16, inside_colours);
-    colours(BG_PALETTE + P_SCENE * 16, scene_colours);
     for (int i = 0; i < 8; i++) colours(BG_PALETTE + (P_GREEN + i) * 16, text_colours[i]);
     for (int i = 0; i < 9; i++) colours(OBJ_PALETTE + i * 16, looks[i]);
     for (int i = 0; i < 5; i++) colours(OBJ_PALETTE + (9 + i) * 16, beasts[i]);

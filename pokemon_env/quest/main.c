@@ -49,7 +49,7 @@ u32 random(u32 below) {
     return (seed >> 16) * below >> 16;
 }
 
-// State kept in the save blocks ------------------------------------------------------------------------------------------
+// State kept in the save blocks ---------------------------------------------------------------------------------------
 int flag(int id) { return SAVE1_POINTER ? AT8(SAVE1_POINTER + 0x1270 + (id >> 3)) >> (id & 7) & 1 : 0; }
 
 void set_flag(int id) { AT8(SAVE1_POINTER + 0x1270 + (id >> 3)) |= 1 << (id & 7); }
@@ -87,9 +87,10 @@ void encode(u8 *to, const char *s, int n) { // the character set of the layout
     for (int i = 0; i < n && s[i]; i++) to[i] = s[i] == ' ' ? 0 : 0xBB + s[i] - 'A';
 }
 
+const char *const starter_names[3] = {"EMBIT", "SUNDO", "DUSKIT"};
+
 // Menus on the field -------------------------------------------------------------------------------------------------
 void take_creature(void) {
-    static const char *const names[3] = {"EMBIT", "SUNDO", "DUSKIT"};
     int choice = 0, hold_sprites = oam_used;
     LOCKED = 1, SCRIPT = 0, MESSAGE_BOX = 1, MENU = MENU_CHOOSE;
     clear(0, 14, 30, 6);
@@ -97,7 +98,7 @@ void take_creature(void) {
         oam_used = hold_sprites;
         for (int i = 0; i < 3; i++) {
             box(10 * i, 11, 10, 9, choice == i ? P_LIT : P_TEXT);
-            print(10 * i + 2, 18, names[i], choice == i ? P_LIT : P_TEXT);
+            print(10 * i + 2, 18, starter_names[i], choice == i ? P_LIT : P_TEXT);
             sprite(80 * i + 24, 104, S_STARTER, 9 + i, 0, 2, 0);
             oam_shadow[oam_used - 1][1] &= ~(3 << 10); // in front of the boxes
         }
@@ -107,7 +108,7 @@ void take_creature(void) {
         if (pressed & KEY_LEFT && choice > 0) choice--;
         if (pressed & KEY_RIGHT && choice < 2) choice++;
     }
-    make_member(PARTY, 501 + choice, names[choice], 10, 48);
+    make_member(PARTY, 501 + choice, starter_names[choice], 10, 48);
     PARTY_COUNT = 1;
     set_var(VAR_CHOICE, choice);
     set_flag(FLAG_CREATURE);
@@ -204,6 +205,13 @@ void talk(int map, int local) {
 }
 
 // Title --------------------------------------------------------------------------------------------------------------
+static int home_person(int x, int y) {
+    const Events *e = &maps[HOME].events;
+    for (int i = 0; i < e->people; i++)
+        if (e->person[i].x == x && e->person[i].y == y) return 1;
+    return 0;
+}
+
 static void new_game(u32 n) {
     u32 shift = 4 * (n % 16), count = 0, x = 0, y = 0;
     SAVE2_POINTER = 0x02024A54 + shift;
@@ -223,7 +231,7 @@ static void new_game(u32 n) {
         for (y = 2; y < 14; y++) {
             for (x = 2; x < 18; x++) {
                 int c = maps[HOME].rows[y][x];
-                if (c != '.' && c != ',') continue;
+                if ((c != '.' && c != ',') || home_person(x, y)) continue;
                 if (pass && i == pick) break;
                 i++;
             }
@@ -254,10 +262,11 @@ int main(void) {
     REG_BG1CNT = 3 | 1 << 2 | 31 << 8;
     fill(4, 1, 22, 6, P_PICK);
     big(5, 2, "QUEST", P_PICK);
-    box(2, 13, 26, 7, P_TEXT);
+    box(1, 13, 28, 7, P_TEXT);
     print(9, 14, "PRESS START", P_TEXT);
-    print(4, 16, "A LITTLE GAME OF ITS OWN", P_TEXT);
+    print(3, 16, "A LITTLE GAME OF ITS OWN", P_TEXT);
     print(9, 18, "NOT POKEMON", P_TEXT);
+    frame(); // switched on between two pictures
     REG_DISPCNT = 0x40 | 1 << 8 | 1 << 9 | 1 << 12;
     do {
         frame();

@@ -3,7 +3,8 @@
 
 /* Outdoors:  . ground   , path   " tall grass   T tree   ~ water   # fence   * flowers   o rock   R cliff   s sign
               B table with the bag   X gate   ( ^ ) [ w D L house A   { - } < k d l house B   G gym door
-   Indoors:   _ floor   = carpet   m way out   H wall   K shelf   t desk   M machine   P plant   S statue   b bed */
+   Indoors:   _ floor   = carpet   m way out   H wall   K shelf   t desk   M machine   P plant   S statue   b bed,
+              and a space for what lies outside the walls */
 static const char *const home[] = {
     "TTTTTTTTT,,TTTTTTTTT",
     "TTTT.....,,.....TTTT",
@@ -163,40 +164,74 @@ static const Connection city_ways[] = {WAY(SOUTH, 1, 24, 11)};
 #define GREEN_TREE {RGB(12, 25, 8), RGB(6, 19, 6), RGB(3, 12, 4)}
 
 const Map maps[MAPS] = {
-    [HOME] = {CELLS(20, home), PEOPLE(home_people), WARPS(home_warps), WAYS(home_ways), .group = 0, .number = 9,
-              .border = 'T',
-              .theme = {{RGB(17, 28, 11), RGB(13, 24, 9), RGB(8, 18, 6)}, GREEN_TREE, {RGB(30, 26, 17), RGB(25, 20, 12)},
-                        {RGB(30, 14, 10), RGB(26, 8, 6), RGB(17, 4, 4)}, {RGB(14, 19, 31), RGB(8, 13, 28), RGB(4, 7, 19)},
-                        {0, 0}, {0, 0}, RGB(4, 10, 20)}},
-    [ROUTE] = {CELLS(16, route), PEOPLE(route_people), WAYS(route_ways), .group = 0, .number = 16, .border = 'T',
-               .theme = {{RGB(25, 28, 10), RGB(20, 24, 7), RGB(13, 18, 4)},
-                         {RGB(17, 24, 5), RGB(10, 18, 4), RGB(5, 11, 3)}, {RGB(27, 20, 12), RGB(21, 15, 8)},
-                         {0, 0, 0}, {0, 0, 0}, {0, 0}, {0, 0}, RGB(17, 11, 2)}},
-    [TOWN] = {CELLS(18, town), PEOPLE(town_people), WAYS(town_ways), .group = 0, .number = 10, .border = 'T',
-              .theme = {{RGB(15, 27, 20), RGB(11, 23, 16), RGB(7, 17, 12)},
-                        {RGB(31, 21, 8), RGB(26, 13, 5), RGB(15, 7, 4)}, {RGB(31, 29, 26), RGB(25, 22, 19)},
-                        {RGB(31, 22, 6), RGB(27, 16, 3), RGB(18, 9, 2)}, {RGB(24, 13, 28), RGB(18, 8, 22), RGB(11, 4, 14)},
-                        {0, 0}, {0, 0}, RGB(20, 6, 5)}},
-    [WOODS] = {CELLS(16, woods), PEOPLE(woods_people), WAYS(woods_ways), .group = 24, .number = 11, .border = 'T',
-               .theme = {{RGB(12, 18, 14), RGB(9, 14, 11), RGB(6, 10, 8)},
-                         {RGB(5, 15, 11), RGB(3, 10, 8), RGB(1, 5, 5)}, {RGB(17, 17, 13), RGB(13, 13, 10)},
-                         {0, 0, 0}, {0, 0, 0}, {0, 0}, {0, 0}, RGB(1, 8, 5)}},
-    [CITY] = {CELLS(18, city), PEOPLE(city_people), WARPS(city_warps), WAYS(city_ways), .group = 0, .number = 3,
-              .border = 'R',
-              .theme = {{RGB(23, 23, 25), RGB(20, 20, 22), RGB(14, 14, 17)},
-                        {RGB(24, 21, 18), RGB(17, 14, 12), RGB(10, 8, 8)}, {RGB(29, 26, 22), RGB(24, 21, 18)},
-                        {RGB(12, 25, 25), RGB(6, 19, 20), RGB(3, 12, 13)}, {RGB(31, 20, 8), RGB(28, 13, 4), RGB(19, 7, 2)},
-                        {0, 0}, {0, 0}, RGB(10, 10, 13)}},
-    [GYM] = {CELLS(10, gym), PEOPLE(gym_people), WARPS(gym_warps), .group = 11, .number = 3, .inside = 1, .border = 'H',
-             .theme = {{0, 0, 0}, {0, 0, 0}, {0, 0}, {0, 0, 0}, {0, 0, 0},
-                       {RGB(22, 19, 15), RGB(17, 14, 11)}, {RGB(28, 9, 3), RGB(20, 5, 2)}, RGB(21, 3, 9)}},
-    [LAB] = {CELLS(10, lab), PEOPLE(lab_people), WARPS(lab_warps), .group = 1, .number = 4, .inside = 1, .border = 'H',
-             .theme = {{0, 0, 0}, {0, 0, 0}, {0, 0}, {0, 0, 0}, {0, 0, 0},
-                       {RGB(21, 26, 30), RGB(16, 21, 26)}, {RGB(8, 14, 28), RGB(5, 9, 20)}, RGB(2, 15, 17)}},
-    [HOUSE] = {CELLS(8, house), PEOPLE(house_people), WARPS(house_warps), .group = 1, .number = 0, .inside = 1,
-               .border = 'H',
-               .theme = {{0, 0, 0}, {0, 0, 0}, {0, 0}, {0, 0, 0}, {0, 0, 0},
-                         {RGB(30, 22, 13), RGB(24, 16, 8)}, {RGB(29, 10, 12), RGB(20, 5, 7)}, RGB(15, 7, 2)}},
+    [HOME] = {
+        CELLS(20, home), PEOPLE(home_people), WARPS(home_warps), WAYS(home_ways), .group = 0, .number = 9,
+        .border = 'T',
+        .theme = {
+            .ground = {RGB(17, 28, 11), RGB(13, 24, 9), RGB(8, 18, 6)}, .tree = GREEN_TREE,
+            .path = {RGB(30, 26, 17), RGB(25, 20, 12)}, .roof_a = {RGB(30, 14, 10), RGB(26, 8, 6), RGB(17, 4, 4)},
+            .roof_b = {RGB(14, 19, 31), RGB(8, 13, 28), RGB(4, 7, 19)}, .ribbon = RGB(4, 10, 20),
+        },
+    },
+    [ROUTE] = {
+        CELLS(16, route), PEOPLE(route_people), WAYS(route_ways), .group = 0, .number = 16, .border = 'T',
+        .theme = {
+            .ground = {RGB(25, 28, 10), RGB(20, 24, 7), RGB(13, 18, 4)},
+            .tree = {RGB(17, 24, 5), RGB(10, 18, 4), RGB(5, 11, 3)}, .path = {RGB(27, 20, 12), RGB(21, 15, 8)},
+            .roof_a = {RGB(30, 14, 10), RGB(26, 8, 6), RGB(17, 4, 4)},
+            .roof_b = {RGB(14, 19, 31), RGB(8, 13, 28), RGB(4, 7, 19)}, .ribbon = RGB(17, 11, 2),
+        },
+    },
+    [TOWN] = {
+        CELLS(18, town), PEOPLE(town_people), WAYS(town_ways), .group = 0, .number = 10, .border = 'T',
+        .theme = {
+            .ground = {RGB(15, 27, 20), RGB(11, 23, 16), RGB(7, 17, 12)},
+            .tree = {RGB(31, 21, 8), RGB(26, 13, 5), RGB(15, 7, 4)}, .path = {RGB(31, 29, 26), RGB(25, 22, 19)},
+            .roof_a = {RGB(31, 22, 6), RGB(27, 16, 3), RGB(18, 9, 2)},
+            .roof_b = {RGB(24, 13, 28), RGB(18, 8, 22), RGB(11, 4, 14)}, .ribbon = RGB(20, 6, 5),
+        },
+    },
+    [WOODS] = {
+        CELLS(16, woods), PEOPLE(woods_people), WAYS(woods_ways), .group = 24, .number = 11, .border = 'T',
+        .theme = {
+            .ground = {RGB(12, 18, 14), RGB(9, 14, 11), RGB(6, 10, 8)},
+            .tree = {RGB(5, 15, 11), RGB(3, 10, 8), RGB(1, 5, 5)}, .path = {RGB(17, 17, 13), RGB(13, 13, 10)},
+            .roof_a = {RGB(22, 16, 6), RGB(18, 11, 3), RGB(12, 6, 2)},
+            .roof_b = {RGB(16, 9, 19), RGB(12, 6, 15), RGB(7, 3, 9)}, .ribbon = RGB(1, 8, 5),
+        },
+    },
+    [CITY] = {
+        CELLS(18, city), PEOPLE(city_people), WARPS(city_warps), WAYS(city_ways), .group = 0, .number = 3,
+        .border = 'R',
+        .theme = {
+            .ground = {RGB(23, 23, 25), RGB(20, 20, 22), RGB(14, 14, 17)},
+            .tree = {RGB(24, 21, 18), RGB(17, 14, 12), RGB(10, 8, 8)}, .path = {RGB(29, 26, 22), RGB(24, 21, 18)},
+            .roof_a = {RGB(12, 25, 25), RGB(6, 19, 20), RGB(3, 12, 13)},
+            .roof_b = {RGB(31, 20, 8), RGB(28, 13, 4), RGB(19, 7, 2)}, .ribbon = RGB(10, 10, 13),
+        },
+    },
+    [GYM] = {
+        CELLS(10, gym), PEOPLE(gym_people), WARPS(gym_warps), .group = 11, .number = 3, .inside = 1, .border = ' ',
+        .theme = {
+            .floor = {RGB(22, 19, 15), RGB(17, 14, 11)}, .carpet = {RGB(28, 9, 3), RGB(20, 5, 2)},
+            .ribbon = RGB(21, 3, 9),
+        },
+    },
+    [LAB] = {
+        CELLS(10, lab), PEOPLE(lab_people), WARPS(lab_warps), .group = 1, .number = 4, .inside = 1, .border = ' ',
+        .theme = {
+            .floor = {RGB(21, 26, 30), RGB(16, 21, 26)}, .carpet = {RGB(8, 14, 28), RGB(5, 9, 20)},
+            .ribbon = RGB(2, 15, 17),
+        },
+    },
+    [HOUSE] = {
+        CELLS(8, house), PEOPLE(house_people), WARPS(house_warps), .group = 1, .number = 0, .inside = 1,
+        .border = ' ',
+        .theme = {
+            .floor = {RGB(30, 22, 13), RGB(24, 16, 8)}, .carpet = {RGB(29, 10, 12), RGB(20, 5, 7)},
+            .ribbon = RGB(15, 7, 2),
+        },
+    },
 };
 
 int find_map(int group, int number) {
@@ -239,6 +274,7 @@ static const struct {
     {'=', M_CARPET, P_INSIDE, 0},     {'m', M_MAT, P_INSIDE, 0},        {'H', M_BRICK, P_INSIDE, 1},
     {'K', M_SHELF, P_INSIDE, 1},      {'t', M_DESK, P_INSIDE, 1},       {'M', M_MACHINE, P_INSIDE, 1},
     {'P', M_PLANT, P_INSIDE, 1},      {'S', M_STATUE, P_INSIDE, 1},     {'b', M_BED2, P_INSIDE, 1},
+    {' ', M_VOID, P_INSIDE, 1},
 };
 
 // The tile in bits 0-7 and its palette in bits 8-9: what the grid in memory holds below its collision bits.
@@ -248,7 +284,9 @@ int metatile_at(int map, int x, int y, int *blocked) {
     while (legend[i].cell != c) i++;
     tile = legend[i].metatile;
     *blocked = legend[i].blocked;
-    u32 hash = (u32)(x * 73 + y * 151 + map * 57 + 11) * 2654435761u >> 24;
+    u32 hash = ((u32)x * 40503u + (u32)y) * 0x9E3779B1u + (u32)map;
+    hash = (hash ^ hash >> 16) * 0x7FEB352Du;
+    hash = (hash ^ hash >> 15) * 0x846CA68Bu >> 20;
     if (tile == M_GRASS) tile += hash & 7;
     if (tile == M_PATH) tile += hash & 3;
     if (tile == M_FLOOR) tile += hash & 3;

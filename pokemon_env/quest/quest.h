@@ -37,11 +37,12 @@ typedef signed int s32;
 #define OBJ_TILES ((volatile u16 *)0x06010000)
 #define OAM ((volatile u32 *)0x07000000)
 
-enum { KEY_A = 1, KEY_B = 2, KEY_SELECT = 4, KEY_START = 8, KEY_RIGHT = 16, KEY_LEFT = 32, KEY_UP = 64, KEY_DOWN = 128 };
+enum { KEY_A = 1, KEY_B = 2, KEY_SELECT = 4, KEY_START = 8, KEY_RIGHT = 16, KEY_LEFT = 32, KEY_UP = 64,
+    KEY_DOWN = 128 };
 
 #define RGB(r, g, b) ((r) | (g) << 5 | (b) << 10)
 
-// Published state: the places where the reader of pokemon_env looks -----------------------------------------------------
+// Published state: the places where the reader of pokemon_env looks ---------------------------------------------------
 #define LOCKED AT8(0x03000F2C)          // 1: the field takes no keys
 #define SCRIPT AT8(0x03000E38)          // 0: a dialogue runs, 2: none
 #define CALLBACK2 AT32(0x030022C4)      // FIELD_CALLBACK or BATTLE_CALLBACK
@@ -169,17 +170,20 @@ enum Metatile {
     M_GRASS, M_GRASS_LAST = M_GRASS + 7, M_PATH, M_PATH_LAST = M_PATH + 3, M_TALL, M_TREE, M_PINE, M_WATER, M_FENCE,
     M_BED, M_ROCK, M_CLIFF, M_TABLE_BAG, M_TABLE, M_GATE, M_GATE_OPEN, M_SIGN,
     M_ROOF_L, M_ROOF, M_ROOF_R, M_WALL_L, M_WALL_R, M_WINDOW, M_DOOR, M_LOCKED, M_GYM_DOOR,
-    M_FLOOR, M_FLOOR_LAST = M_FLOOR + 3, M_CARPET, M_MAT, M_BRICK, M_SHELF, M_DESK, M_MACHINE, M_PLANT, M_STATUE, M_BED2,
+    M_FLOOR, M_FLOOR_LAST = M_FLOOR + 3, M_CARPET, M_MAT, M_BRICK, M_SHELF, M_DESK, M_MACHINE, M_PLANT, M_STATUE,
+        M_BED2, M_VOID,
     M_SKY, M_FIELD, M_DARK, M_COUNT
 };
-enum { P_TERRAIN, P_HOUSE_A, P_HOUSE_B, P_INSIDE, P_SCENE, P_GREEN = 8, P_YELLOW, P_RED, P_PICK, P_RIBBON, P_ICON, P_LIT, P_TEXT };
+enum { P_TERRAIN, P_HOUSE_A, P_HOUSE_B, P_INSIDE, P_SCENE, P_GREEN = 8, P_YELLOW, P_RED, P_PICK, P_RIBBON, P_ICON,
+    P_LIT, P_TEXT };
 enum { // tiles of the upper layer: letters at their ASCII code, then
-    U_BLANK = 0, U_QUAD = 1, U_FRAME = 96, U_BAR = 112, U_ICON = 136
+    U_BLANK = 0, U_QUAD = 1, U_FRAME = 96, U_BAR = 112, U_ICON = 132
 };
 enum { I_SLOT, I_CREATURE, I_PERMIT, I_BOOK, I_BADGE, I_COIN, I_POTION };
 enum { S_PERSON = 0, S_STARTER = 48, S_LEAF = 64, S_TIDE = 128, S_HERO = 192 };
 void gfx_init(void);
 void gfx_theme(const Theme *theme);
+void gfx_scene(int trainer);
 extern const u8 glyphs[59][8];
 
 // text.c
@@ -218,6 +222,7 @@ int battle(int trainer, int count, int first_kind);
 void make_member(Member *m, int species, const char *nick, int level, int hp);
 
 // main.c
+extern const char *const starter_names[3];
 extern u16 keys, pressed;
 extern u32 oam_shadow[128][2];
 extern u8 oam_used, oam_changed;

@@ -42,13 +42,11 @@ void clear(int x, int y, int w, int h) {
         for (int j = 0; j < w; j++) put(x + j, y + i, U_BLANK, 0);
 }
 
-// A bar w tiles wide and two high with one more tile for each end.
+// A bar w tiles wide and two high.
 void bar(int x, int y, int w, u32 value, u32 max) {
     u32 full = (value * w * 8 + max - 1) / max;
     int palette = value * 2 > max ? P_GREEN : value * 4 > max ? P_YELLOW : P_RED;
     for (int low = 0; low < 2; low++) {
-        put(x - 1, y + low, U_BAR + 18 + low, palette);
-        put(x + w, y + low, U_BAR + 20 + low, palette);
         for (int i = 0; i < w; i++) {
             int here_full = (int)full - 8 * i;
             here_full = here_full < 0 ? 0 : here_full > 8 ? 8 : here_full;
@@ -65,7 +63,7 @@ void big(int x, int y, const char *s, int palette) {
                 const u8 *g = glyphs[*s - 32] + 2 * i;
                 int upper = g[0] >> (6 - 2 * j) & 3, lower = g[1] >> (6 - 2 * j) & 3;
                 int mask = upper >> 1 | (upper & 1) << 1 | (lower >> 1) << 2 | (lower & 1) << 3;
-                put(x + j, y + i, mask ? U_QUAD + mask : U_BLANK, palette);
+                put(x + j, y + i, mask ? U_QUAD + mask : U_FRAME + 10, palette);
             }
 }
 
