@@ -25,7 +25,7 @@ CPU_VERSIONS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.
 PIP_OPTIONS = $(CPU_VERSIONS) $(addprefix --extra-index-url ,$(TORCH_INDEX))
 CHECK_PYTHON = import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, %s is %s. Name one: make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))
 
-.PHONY: help install demo test smoke lint sample fresh-labels record label label-all train train-awr train-no-awr train-custom export bench-speed
+.PHONY: help install install-pokemon demo demo-pokemon test smoke lint sample fresh-labels record label label-all train train-awr train-no-awr train-custom export bench-speed
 .NOTPARALLEL:
 
 help: ## this list
@@ -33,12 +33,15 @@ help: ## this list
 
 install: .venv/.core ## make .venv and install what the scripts need
 
+install-pokemon: .venv/.pokemon ## the same, and the emulator of PokemonEnv
+
 # A stamp says that an install came to its end; one that was cut off leaves none, and the next make goes on with it.
 .venv/.test: EXTRA = [test]
 .venv/.dev: EXTRA = [dev]
 .venv/.live: EXTRA = [live]
 .venv/.bench: EXTRA = [bench]
-.venv/.core .venv/.test .venv/.dev .venv/.live .venv/.bench: pyproject.toml constraints-cpu.txt
+.venv/.pokemon: EXTRA = [pokemon]
+.venv/.core .venv/.test .venv/.dev .venv/.live .venv/.bench .venv/.pokemon: pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	@echo "== installing .$(EXTRA) into .venv $(CPU_VERSIONS); torch is large, the first time takes some minutes"
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
@@ -50,6 +53,12 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 	.venv/bin/python precompute_labels.py --data-dir sample_dataset --half-life-s 2 --overwrite
 	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
 	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
+
+demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about REPLACE_QUICK_MINUTES minutes
+	@echo "== 1 of 2: twenty episodes of the scripted expert"
+	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.2 --num-workers 2
+	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
+	REPLACE_QUICK
 
 record: .venv/.live ## record a window of your desktop into DATASET_DIR; WINDOW and FPS say which and how
 	.venv/bin/python record_session.py --fps $(FPS) --window "$(WINDOW)" --output $(DATASET_DIR)
@@ -92,6 +101,8 @@ bench-speed: .venv/.bench ## decoding, matching and training beside their rivals
 	.venv/bin/python -m benchmarks.speed.decode
 	.venv/bin/python -m benchmarks.speed.matching
 	.venv/bin/python -m benchmarks.speed.train_step
+	.venv/bin/python -m benchmarks.speed.episodes
+	.venv/bin/python -m benchmarks.speed.collect
 
 # name, demonstrator, seed, seconds, level
 define SESSIONS

@@ -134,6 +134,8 @@ class Args:
     """dagger: share of the steps that the expert plays: 1 - student's return / expert's, or `dagger_decay` ^ round"""
     dagger_decay: float = 0.5
     """dagger: see `dagger_share`"""
+    dagger_patience: int = 60
+    """dagger: as `eval_patience`, for the student's episodes: labels for going round in circles are wasted"""
 
     eval_frequency: int = 5_000
     """updates between two evaluations in the environment; 0 means at the end only"""
@@ -708,7 +710,7 @@ def label_by_expert(envs, student: Policy, share: float, n_labels: int, seeds: I
         return np.where((rng.random(len(chosen)) < share) & (advised >= 0), advised, chosen)
 
     open_episodes, finished, labelled = {}, [], 0
-    for step in rollout(envs, mixture, [next(seeds) for _ in range(n_labels)], args.eval_patience, "expert labels"):
+    for step in rollout(envs, mixture, [next(seeds) for _ in range(n_labels)], args.dagger_patience, "expert labels"):
         label = int(step["info"]["expert_action"])
         if label >= 0:
             episode = open_episodes.setdefault(step["e"], {name: [] for name in DAGGER_COLUMNS})

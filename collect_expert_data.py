@@ -39,7 +39,7 @@ from pokemon_env import EMERALD_ROM, experts
 from pokemon_env.wrappers import PackedInfo, choose_env, make_env
 
 FORMAT_VERSION = 1
-COPY_BYTES = 1 << 24  # read or written at once while joining
+COPY_BYTES = 1 << 22  # read or written at once while joining
 
 
 @dataclass
@@ -343,11 +343,15 @@ def join(part: Path, file, crc: int | None, compress: bool) -> Path | None:
     size, start = math.prod(shape), len(picture_head(0, shape, 0)[0])
     paths = sorted(part.glob("chunk_*.json"))
     ending = {"truncated": True, "interrupted": True, "success": False, "error": "", "final_info": None}
-    T, n_pictures, longest = 0, (os.fstat(file.fileno()).st_size - start) // size, 1
+    columns, n_pictures, longest = ([], [], [], []), (os.fstat(file.fileno()).st_size - start) // size, 1
     for path in paths:  # one at a time: an episode's infos may be large
         chunk = json.loads(path.read_text())
         ending = chunk.get("ending", ending)
-        T, longest = T + len(chunk["steps"]), max([longest, *(len(row[4]) for row in chunk["steps"])])
+        for row in chunk["steps"]:
+            for column, value in zip(columns, row[:4], strict=True):
+                column.append(value)
+            longest = max(longest, len(row[4]))
+    T = len(columns[0])
     if kept := list(part.glob("final_*.npy")):  # it was already being joined: its last picture is no longer in `file`
         T = int(kept[0].stem.split("_")[1])
     elif n_pictures <= T:  # killed while pictures were still on their way: the last step lacks where it led
@@ -365,20 +369,14 @@ def join(part: Path, file, crc: int | None, compress: bool) -> Path | None:
     if crc is None:
         crc = crc_of_file(file, start, T * size)
 
-    def rows(column: int) -> Iterator[list]:
-        left = T
-        for path in paths:
-            values = [row[column] for row in json.loads(path.read_text())["steps"]][:left]
-            left -= len(values)
-            yield values
-
-    rewards = np.array([value for values in rows(2) for value in values], np.float32)
+    labels, taken, rewards, dones = (column[:T] for column in columns)
+    rewards = np.array(rewards, np.float32)
     head, member = picture_head(T, shape, crc)
     small = {
-        "actions": np.array([value for values in rows(0) for value in values], np.int32),
-        "taken_actions": np.array([value for values in rows(1) for value in values], np.int32),
+        "actions": np.array(labels, np.int32),
+        "taken_actions": np.array(taken, np.int32),
         "rewards": rewards,
-        "dones": np.array([value for values in rows(3) for value in values], np.bool_),
+        "dones": np.array(dones, np.bool_),
         "episode_return": np.float64(rewards.sum(dtype=np.float64)),
         "episode_length": np.int64(T),
         "final_observation": final,
@@ -403,8 +401,11 @@ def join(part: Path, file, crc: int | None, compress: bool) -> Path | None:
             np.lib.format.write_array_header_1_0(
                 target, {"descr": f"<U{longest}", "fortran_order": False, "shape": (T,)}
             )
-            for values in rows(4):
-                target.write(np.array(values, f"<U{longest}").tobytes())
+            left = T
+            for path in paths:
+                infos = [row[4] for row in json.loads(path.read_text())["steps"]][:left]
+                left -= len(infos)
+                target.write(np.array(infos, f"<U{longest}").tobytes())
     source = part / "episode.npz"
     if compress:
         source = part / "compressed.npz"
@@ -551,7 +552,7 @@ class Collector:
 
     def end(self, player, ending: dict, final_info: str | None = None):
         """Close the episode of `player`; writing more than names and heads is left to a thread."""
-        writer = self.writers.pop(player)
+        args, writer = self.args, self.writers.pop(player)
         made = self.pending.pop(player, None)
         ending = {"success": False, "error": ""} | ending | {"final_info": final_info or (made and made[2])}
         episode = {"number": writer.number, "seed": writer.facts["seed"], "length": writer.steps}
@@ -559,8 +560,8 @@ class Collector:
         info = json.loads(ending["final_info"] or "null") or {}
         episode["milestones"] = info.get("milestones", {}).get("completed", [])
         self.tally.episodes.append(episode)
-        job = partial(finish, writer, ending, self.args.compress, self.args.video_fps if self.args.record_video else 0)
-        if self.args.compress or self.args.record_video:
+        job = partial(finish, writer, ending, args.compress, args.video_fps if args.record_video else 0)
+        if args.compress or args.record_video:
             self.jobs.append(self.background.submit(job))
             if len(self.jobs) > len(self.players):
                 self.jobs.pop(0).result()
@@ -603,7 +604,7 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def summarise(tally: Tally, names: list[str]) -> dict:
     """Numbers over the episodes that came to their end."""
     failed = [e for e in tally.episodes if e["error"]]
-    cut = [e for e in tally.episodes if e["interrupted"]]
+    cut = [e for e in tally.episodes if e["interrupted"] and e["length"]]
     whole = [e for e in tally.episodes if not e["error"] and not e["interrupted"]]
     reached = list(dict.fromkeys(name for e in whole for name in e["milestones"]))
     return {
@@ -738,7 +739,7 @@ def main(args: Args) -> dict:
             collector.run()
             problem = None
         except (EOFError, ConnectionError) as error:
-            problem = f"a worker died ({experts.describe(error)}). What it wrote is joined at the next start"
+            problem = f"a worker died ({experts.describe(error)}). Its episode is kept up to there"
         except OSError as error:
             problem = f"{args.expert_data_dir}: {error.strerror or error}"
             if error.errno == errno.ENOSPC:

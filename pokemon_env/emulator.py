@@ -111,7 +111,7 @@ class RetroEmulator(Emulator):
                 f"stable_retro does not import ({error}). Install it with `pip install stable-retro`, or give "
                 "core=PATH of a libretro mGBA core and `pip install libretro.py`."
             ) from error
-        self.name, self.version = "stable-retro mgba", stable_retro.__version__
+        self.name, self.version = "stable-retro mgba", stable_retro.__version__.strip()
         try:
             self.core = stable_retro.RetroEmulator(str(self.rom_path))
         except RuntimeError as error:
@@ -176,8 +176,8 @@ class LibretroEmulator(Emulator):
             ) from error
         self.drivers = audio, pad, video = _libretro_drivers()
         builder = libretro.defaults(self.core_path).with_content(str(self.rom_path)).with_log(None)
-        session = builder.with_audio(audio).with_input(pad).with_video(video).build()
         try:
+            session = builder.with_audio(audio).with_input(pad).with_video(video).build()
             session.__enter__()
         except (RuntimeError, OSError) as error:
             raise ValueError(
@@ -279,30 +279,28 @@ def canonical_colour(rgb: np.ndarray) -> np.ndarray:
     uint8, contiguous."""
     words = rgb.reshape(-1).view(np.uint64)
     words &= 0xF8F8F8F8F8F8F8F8
-    words |= (words >> 5) & 0x0707070707070707
+    low = words >> 5
+    low &= 0x0707070707070707
+    words |= low
     return rgb
 
 
 def check_state(state: bytes, own: bytes, rom: bytes, source: str, core: str):
     """Raise ValueError where `state` cannot be loaded by the core that wrote `own` for `rom`."""
+    version, _, crc = struct.unpack_from("<3I", state.ljust(12, b"\0"))
+    newest, begins = struct.unpack_from("<I", own)[0], f"begins with {state[:4].hex(' ')}"
+    expected, mend = own[:4].hex(" "), "make it again with save_state()"
+    if version & 0xFFFFFF00 != STATE_MAGIC:
+        raise ValueError(f"{source} {begins}, expected {expected} as in mGBA's save states. Unpack it, or {mend}.")
     if len(state) < STATE_BYTES:
-        raise ValueError(
-            f"{source} has {len(state):,} bytes, expected {STATE_BYTES:,} or more: it is no GBA save state"
-        )
-    (version, _, crc), (newest,) = struct.unpack_from("<3I", state), struct.unpack_from("<I", own)
-    if version & 0xFF000000 != STATE_MAGIC:
-        raise ValueError(
-            f"{source} begins with {state[:4].hex(' ')}, expected {own[:4].hex(' ')}: it is no save state of mGBA, or "
-            "packed. Unpack it, or make it again with save_state()."
-        )
+        raise ValueError(f"{source} has {len(state):,} bytes, expected {STATE_BYTES:,} or more: cut off; {mend}")
     if version > newest:
         raise ValueError(
-            f"{source} is a save state of version {version - STATE_MAGIC} (it begins with {state[:4].hex(' ')}), the "
-            f"core ({core}) reads up to version {newest - STATE_MAGIC} ({own[:4].hex(' ')}). Run with a newer mGBA "
-            "core (core=PATH), or make the state again with save_state()."
+            f"{source} {begins}: a save state of version {version - STATE_MAGIC}. The core ({core}) reads up to "
+            f"version {newest - STATE_MAGIC} ({expected}). Run with a newer mGBA core (core=PATH), or {mend}."
         )
     if crc != zlib.crc32(rom):
         raise ValueError(
-            f"{source} belongs to a ROM with CRC-32 {crc:08x}, the ROM that runs has {zlib.crc32(rom):08x}. Give the "
-            "ROM that it was made with, or make the state again with save_state()."
+            f"{source} belongs to a ROM with CRC-32 {crc:08x}, expected {zlib.crc32(rom):08x}, the ROM that runs. Give "
+            f"the ROM that it was made with, or {mend}."
         )

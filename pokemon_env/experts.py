@@ -166,7 +166,7 @@ class ScriptedExpert:
             raise ValueError("the scripted expert plays PokemonEnv only: info has no 'map' and 'player'")
         if info["battle"]:
             return self.fight(info)
-        if info["locked"]:
+        if info["locked"] or not info["map"]["collision"] or not info["player"]["map"]:  # the last two: a title screen
             return self.answer(info)
         if wants_potion(info):
             return START
@@ -207,7 +207,7 @@ class ScriptedExpert:
             elif is_free(rows, across):
                 places.setdefault(across, move)
         if me in places:
-            return A if FACING[info["player"]["facing"]] == places[me] else places[me]
+            return A if FACING.get(info["player"]["facing"]) == places[me] else places[me]
         return self.walk(info, frozenset(places), rows, me)
 
     def travel(self, info: dict, script, here: tuple, target: tuple) -> int:
@@ -251,7 +251,7 @@ class ScriptedExpert:
                     return way
                 if info["game"] == "quest":
                     return WAIT  # they will go on
-                return A if FACING[info["player"]["facing"]] == way else way
+                return A if FACING.get(info["player"]["facing"]) == way else way
         return WAIT if move is None and wait else move
 
     def downhill(self, rows: tuple, goals: frozenset, blocked: frozenset, me: tuple) -> int | None:
@@ -500,7 +500,7 @@ class CheckpointExpert:
 class KeyboardExpert:
     """A person: shows the screen in a window and waits for a key. Closing the window or Escape is a Ctrl-C.
 
-    `keys` {key name of pygame: action}; a key that stays down repeats. `idle`: action played when no key came within a
+    `keys` {key name of pygame: action}; a key held down repeats. `idle`: action played when no key came within a
     step's time, None lets the game wait. `steps_per_s` is the most that is played a second, `stop()` true ends it."""
 
     def __init__(
@@ -515,6 +515,7 @@ class KeyboardExpert:
 
         self.pygame, self.idle, self.period, self.stop, self.scale = pygame, idle, 1 / steps_per_s, stop, scale
         self.window, self.last = None, 0.0
+        self.pressed = deque(maxlen=2)  # taps that came while a step was played; more would lag behind the person
         pygame.init()
         try:
             self.keys = {pygame.key.key_code(name): action for name, action in keys.items()}
@@ -532,17 +533,18 @@ class KeyboardExpert:
         picture = pygame.image.frombuffer(np.ascontiguousarray(obs), (obs.shape[1], obs.shape[0]), "RGB")
         self.window.blit(pygame.transform.scale(picture, size), (0, 0))
         pygame.display.flip()
-        wanted, until = None, time.monotonic() + self.period
+        until = time.monotonic() + self.period
         while True:
             if self.stop():
                 raise KeyboardInterrupt
             for event in pygame.event.get():
                 if event.type == pygame.QUIT or (event.type == pygame.KEYDOWN and event.key == pygame.K_ESCAPE):
                     raise KeyboardInterrupt
-                if event.type == pygame.KEYDOWN and wanted is None:
-                    wanted = self.keys.get(event.key)
+                if event.type == pygame.KEYDOWN and event.key in self.keys:
+                    self.pressed.append(self.keys[event.key])
             now = time.monotonic()
             if now - self.last >= self.period:
+                wanted = self.pressed.popleft() if self.pressed else None
                 if wanted is None:
                     held = pygame.key.get_pressed()
                     wanted = next((action for key, action in self.keys.items() if held[key]), None)

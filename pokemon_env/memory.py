@@ -181,6 +181,7 @@ class Reader:
     def __init__(self, rom: bytes, quest: bool = False):
         self.rom, self.quest = rom, quest
         self.kept: dict[str, tuple] = {}  # part -> (raw bytes, what they say)
+        self.events: dict[tuple, Events] = {}  # (map header, size of the map) -> its exits
 
     def read(self, ewram: bytes, iwram: bytes) -> Snapshot:
         memory = Memory(ewram, iwram, self.rom)
@@ -214,10 +215,10 @@ class Reader:
         raw = _grid_bytes(memory)
         if raw:
             snapshot.grid = self.keep("grid", raw, read_grid)
-            header = memory.bytes(MAP_HEADER, 16)
-            if ("events", header) not in self.kept:  # they lie in the ROM: nothing moves
-                self.kept["events", header] = read_events(memory, snapshot.grid)
-            snapshot.events = self.kept["events", header]
+            key = memory.bytes(MAP_HEADER, 16), snapshot.grid.width, snapshot.grid.height
+            if key not in self.events:  # they lie in the ROM: nothing moves
+                self.events[key] = read_events(memory, snapshot.grid)
+            snapshot.events = self.events[key]
         if battling:
             enemies = self.keep("enemies", _party_bytes(ewram, ENEMY_COUNT, ENEMY), read_members)
             snapshot.battle = read_battle(memory, enemies, snapshot.menu)

@@ -12,8 +12,9 @@ from pokemon_env import EMERALD_ROM, experts
 
 
 class PackedInfo(gym.Wrapper):
-    """An environment whose info a vector environment can carry: `json`, the info as a string; `expert_action`, what the
-    expert says to the observation of the same call, -1 for nothing; `expert_error`, why, "" where all is well; `success`.
+    """An environment whose info a vector environment can carry. `json`: the info as a string; `expert_action`: what the
+    expert says to the observation of the same call, -1 for nothing; `expert_error`: why, "" where all is well;
+    `success`: the terminal milestone is reached.
 
     `expert` is a `Driver` of pokemon_env/experts.py, an expert, what `make_expert` takes, or None. After the end of an
     episode steps do nothing until the next reset, so that an environment with nothing left to play costs no time.

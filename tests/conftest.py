@@ -1,6 +1,7 @@
-"""Marked tests: `game` skips without SuperTux and Xvfb, `gpu` without CUDA. Where CI=true or REQUIRE_GPU=1 promise
-them, a skip is a failure."""
+"""Marked tests: `game` skips without its game (SuperTux and Xvfb; stable-retro for the modules that say `EMULATOR =
+True`), `gpu` without CUDA. Where CI=true or REQUIRE_GPU=1 promise them, a skip is a failure."""
 
+import importlib.util
 import os
 import shutil
 
@@ -20,7 +21,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("game"):
+    if item.get_closest_marker("game") and getattr(item.module, "EMULATOR", False):
+        if not importlib.util.find_spec("stable_retro"):
+            pytest.skip("stable-retro missing: pip install -e '.[pokemon]'")
+    elif item.get_closest_marker("game"):
         missing = [name for name in ("supertux2", "Xvfb") if not shutil.which(name, path=WITH_GAMES)]
         if missing:
             pytest.skip(f"{' and '.join(missing)} missing: apt-get install supertux xvfb")

@@ -11,6 +11,7 @@ from tests.static import checks
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 COMMON = {f"common/{path.name}": path.read_text() for path in sorted((ROOT / "common").glob("*.py"))}
+ENVS = {f"pokemon_env/{path.name}": path.read_text() for path in sorted((ROOT / "pokemon_env").glob("*.py"))}
 PAGES = [
     page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))] if page.exists()
 ]
@@ -32,14 +33,14 @@ def test_every_field_is_read(name):
     assert checks.unread_fields(SCRIPTS[name], shared) == []
 
 
-@pytest.mark.parametrize("name", SCRIPTS | COMMON)
+@pytest.mark.parametrize("name", SCRIPTS | COMMON | ENVS)
 def test_importing_does_nothing(name):
-    assert checks.import_effects((SCRIPTS | COMMON)[name]) == []
+    assert checks.import_effects((SCRIPTS | COMMON | ENVS)[name]) == []
 
 
-@pytest.mark.parametrize("name", SCRIPTS | COMMON)
+@pytest.mark.parametrize("name", SCRIPTS | COMMON | ENVS)
 def test_messages_and_help_name_flags_and_scripts_that_exist(name):
-    text = (SCRIPTS | COMMON)[name]
+    text = (SCRIPTS | COMMON | ENVS)[name]
     docs = [doc for _, _, doc in checks.args_fields(text).values() if doc] + [ast.get_docstring(ast.parse(text)) or ""]
     assert [p for words in checks.raised_messages(text) + docs for p in checks.unknown_flags(words, FLAGS)] == []
 
@@ -75,7 +76,7 @@ def test_page(page):
 def test_no_machine_is_named():
     texts = {name: ROOT / name for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt", ".ci/run")}
     texts |= {str(page.relative_to(ROOT)): page for page in PAGES}
-    folders = ("common", "supertux_env", "benchmarks", "tests/unit", "tests/smoke", "tests/game")
+    folders = ("common", "supertux_env", "pokemon_env", "benchmarks", "tests/unit", "tests/smoke", "tests/game")
     texts |= {str(path.relative_to(ROOT)): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
     found = {name: checks.machine_paths(path.read_text()) for name, path in texts.items()}
     found |= {name: checks.machine_paths(text) for name, text in SCRIPTS.items()}

@@ -285,7 +285,7 @@ def test_dagger_collects_labels_of_states_the_student_chose(envs, tmp_path):
         def __call__(self, frames, infos, begun):
             return np.ones(len(frames), int)
 
-    args = Args(obs_height=8, obs_width=16, expert="good", eval_patience=6)
+    args = Args(obs_height=8, obs_width=16, expert="good", dagger_patience=6)
     episodes = bc_pokemon.label_by_expert(envs, Left(), 0.0, 25, iter(range(100)), args)
     labels = np.concatenate([episode["action"] for episode in episodes])
     taken = np.concatenate([episode["taken"] for episode in episodes])

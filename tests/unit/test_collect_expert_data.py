@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,7 +38,8 @@ def load(path: Path) -> dict:
 
 
 def same(a: dict, b: dict, but: tuple = ()) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a if k not in but)
+    keys = a.keys() - set(but)
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in keys)
 
 
 def names(folder: Path) -> list[str]:
@@ -209,7 +211,7 @@ def test_a_worker_that_dies_ends_the_run_and_loses_nothing(tmp_path):
     collect(tmp_path, episodes=1)
     assert not list(tmp_path.glob("*.part"))
     lengths = [int(episode["episode_length"]) for episode in read_episodes(tmp_path)[0]]
-    assert len(lengths) >= 4 and min(lengths) >= 1
+    assert len(lengths) >= 3 and min(lengths) >= 1
 
 
 @pytest.mark.parametrize("expert,workers", [("CtrlC", 1), ("CtrlCFromWorker", 2)])
@@ -278,6 +280,29 @@ def test_a_run_killed_while_joining_is_joined_again(tmp_path, monkeypatch):
         assert zipfile.ZipFile(path).testzip() is None
         assert episode["success"] and not episode["interrupted"] and len(episode["observations"]) == 6
         assert (episode["final_observation"] == 6).all()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_memory_does_not_grow_with_the_episode(tmp_path, killed):
+    shape, T, info = (64, 64, 3), 3000, json.dumps({"x": "y" * 2000})
+    picture = np.zeros(shape, np.uint8)
+    ending = {"truncated": False, "interrupted": False, "success": True, "error": "", "final_info": None}
+    tracemalloc.start()
+    writer = Writer.begin(tmp_path, 1, None, FACTS | {"shape": shape}, 100)
+    for t in range(T):
+        writer.observe(picture)
+        writer.step(t % 2, 0, 0.0, False, info)
+    writer.observe(picture)
+    if killed:
+        writer.file.close()
+        recover(tmp_path, False)
+    else:
+        writer.close(ending, compress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    path = tmp_path / "episode_0001.npz"
+    assert load(path)["observations"].shape == (T, *shape) and path.stat().st_size > 50 << 20
+    assert peak < 12 << 20
 
 
 # two at once, full disks ----------------------------------------------------------------------------------------------
