@@ -58,7 +58,7 @@ demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pok
 	@echo "== 1 of 2: twenty episodes of the scripted expert"
 	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.2 --num-workers 2
 	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
-	REPLACE_QUICK
+	.venv/bin/python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60
 
 record: .venv/.live ## record a window of your desktop into DATASET_DIR; WINDOW and FPS say which and how
 	.venv/bin/python record_session.py --fps $(FPS) --window "$(WINDOW)" --output $(DATASET_DIR)

@@ -5,8 +5,8 @@ the expert's actions. hybrid: plus n-step double Q-learning (van Hasselt et al. 
 expert labels what it meets (Ross et al. 2011). The network is IMPALA's residual CNN (Espeholt et al. 2018). Any
 Gymnasium environment with RGB frames and discrete actions works through --env-id. Page: docs/bc_pokemon.md
 
-    python collect_expert_data.py --episodes 20
-    python bc_pokemon.py --total-training-steps 2000 --learning-rate 5e-4
+    python collect_expert_data.py --episodes 20 --epsilon 0.2
+    python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60
 
 In: expert_data/. Out: runs/<task>__bc_pokemon__<seed>__<time>/ with eval.json, eval.png, TensorBoard events and the
 .pth files that models/ receives as copies."""
@@ -76,7 +76,7 @@ class Args:
     max_steps: int = 0
     """steps until an evaluation episode is cut off; 0 means the environment's own limit"""
     label_budget: int = 0
-    """use only so many expert labels, those of --algorithm dagger included; 0 means all"""
+    """use only so many expert labels, those that dagger asks for included; 0 means all"""
     top_fraction: float = 1.0
     """share of the episodes to learn from, those of highest return; above 0, up to 1"""
     val_fraction: float = 0.1
@@ -127,9 +127,9 @@ class Args:
     expert: str | None = "scripted"
     """whom dagger asks and who plays beside the policy in the evaluation, as in collect_expert_data.py; None: nobody"""
     dagger_rounds: int = 5
-    """dagger: how often the student plays; the updates are shared out evenly between, before and after"""
-    dagger_steps: int = 1000
-    """dagger: states labelled per round, where `label_budget` does not decide"""
+    """dagger: how often the student plays, at equal distances between a quarter and three quarters of the updates"""
+    dagger_steps: int = 250
+    """dagger: states that the expert labels per round"""
     dagger_share: Literal["return", "decay"] = "return"
     """dagger: share of the steps that the expert plays: 1 - student's return / expert's, or `dagger_decay` ^ round"""
     dagger_decay: float = 0.5
@@ -173,7 +173,9 @@ class Args:
 PREPROCESS_VERSION = 1  # part of the cache's names; a change of `preprocess` needs another
 MODEL_FILES = "*.pth"
 CHUNK_BYTES = 2**24  # of frames that are resized together
-QUICK = "python bc_pokemon.py --total-training-steps 2000 --learning-rate 5e-4"
+QUICK = (
+    "python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60"
+)
 
 
 # ALGO LOGIC: preprocessing, the same for training, evaluation and export ----------------------------------------------
@@ -906,9 +908,8 @@ def main(args: Args) -> dict:
     train_rows, val_rows = np.concatenate(train_rows), np.concatenate([*val_rows, np.empty(0, np.int64)]).astype(int)
     expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
     rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
-    budget = args.label_budget or len(train_rows) + rounds * args.dagger_steps
-    labels_per_round = (budget // (rounds + 1) if args.label_budget else args.dagger_steps) if rounds else 0
-    train_rows = train_rows[: budget - rounds * labels_per_round]
+    if args.label_budget:
+        train_rows = train_rows[: max(1, args.label_budget - rounds * args.dagger_steps)]
     counts = np.bincount(demos.rows["action"][train_rows], minlength=A)
     known = torch.from_numpy(counts > 0)
     frequency = np.maximum(counts, 1) / counts.sum()
@@ -999,20 +1000,20 @@ def main(args: Args) -> dict:
         return Policy(network, sizes, known.cpu(), decode, device, args.seed)
 
     eval_seeds = list(range(args.eval_seed, args.eval_seed + max(args.eval_episodes, args.final_eval_episodes)))
-    round_steps = [args.total_training_steps * (k + 1) // (rounds + 1) for k in range(rounds)]
+    round_steps = np.linspace(0.25, 0.75, rounds) * args.total_training_steps
     step, started, waited, wait_from = start_step, time.time(), 0.0, time.time()
     progress = tqdm(total=args.total_training_steps, initial=start_step, desc="updates", unit="update")
     with runs.StopSignal() as stop_signal:
         while step < args.total_training_steps and not stop_signal:
             # DAgger: the student plays, the expert labels what it meets
-            if rounds_done < rounds and step == round_steps[rounds_done]:
+            if rounds_done < rounds and step >= round_steps[rounds_done]:
                 results = play(envs, policy("argmax"), eval_seeds[: args.eval_episodes], args.eval_patience, "student")
                 student_return = np.mean([result["return"] for result in results])
                 share = args.dagger_decay ** (rounds_done + 1)
                 if args.dagger_share == "return":
                     share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
                 seeds = iter(range(500_000 + 10_000 * rounds_done, 2**31))
-                asked = label_by_expert(envs, policy("sample"), share, labels_per_round, seeds, args)
+                asked = label_by_expert(envs, policy("sample"), share, args.dagger_steps, seeds, args)
                 agreement = np.mean(np.concatenate([episode["action"] == episode["taken"] for episode in asked]))
                 path = run_dir / f"dagger_round_{rounds_done + 1}.npz"
                 save_round(path, asked)

@@ -17,12 +17,11 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
+import traceback
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +35,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from tqdm import tqdm
 
 from pokemon_env import EMERALD_ROM, experts
-from pokemon_env.wrappers import PackedInfo, choose_env, make_env
+from pokemon_env.wrappers import choose_env, make_env
 
 FORMAT_VERSION = 1
 COPY_BYTES = 1 << 22  # read or written at once while joining
@@ -105,9 +104,8 @@ def meanings(env: gym.Env) -> list[str] | None:
     return list(get()) if get else None
 
 
-def person(args: Args, env: gym.Env, stop) -> experts.KeyboardExpert:
+def person(args: Args, names: list[str] | None, n_actions: int, stop) -> experts.KeyboardExpert:
     """The keyboard expert with the keys of `args`."""
-    names, n_actions = meanings(env), int(env.action_space.n)
     idle = None if args.idle is None else to_number(args.idle, names, n_actions, "--idle")
     return experts.KeyboardExpert(key_table(args.keys, names, n_actions), idle, args.steps_per_s, stop)
 
@@ -127,72 +125,6 @@ def to_number(action: str, names: list[str] | None, n_actions: int, where: str) 
         return experts.normalize_action(int(action) if action.isdigit() else action, names, n_actions)[0]
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).replace('the expert answered', 'there is no action')}") from None
-
-
-# players: one environment each, here or in a process of its own -------------------------------------------------------
-class LocalPlayer:
-    """The environment in this process. `reset` and `step` say what to do, `receive` does it."""
-
-    def __init__(self, env: PackedInfo):
-        self.env, self.request = env, None
-
-    def reset(self, seed: int):
-        self.request = partial(self.env.reset, seed=seed)
-
-    def step(self, action: int):
-        self.request = partial(self.env.step, action)
-
-    def receive(self) -> tuple[np.ndarray, float, bool, bool, dict]:
-        answer = self.request()
-        return answer if len(answer) == 5 else (answer[0], 0.0, False, False, answer[1])
-
-    def close(self):
-        self.env.close()
-
-
-class RemotePlayer:
-    """The environment in a process, as a vector of one: workers that step together would wait for the slowest."""
-
-    def __init__(self, make):
-        self.env = AsyncVectorEnv(
-            [make], copy=False, context="spawn", daemon=True, autoreset_mode=AutoresetMode.DISABLED
-        )
-        self.connection, self.resets = self.env.parent_pipes[0], False
-
-    def reset(self, seed: int):
-        self.env.reset_async(seed=[seed], options={"reset_mask": np.array([True])})
-        self.resets = True
-
-    def step(self, action: int):
-        self.env.step_async(np.array([action]))
-        self.resets = False
-
-    def receive(self) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """The picture is a view of shared memory, good until the next `step` or `reset`."""
-        if self.resets:
-            obs, info = self.env.reset_wait()
-            reward, terminated, truncated = [0.0], [False], [False]
-        else:
-            obs, reward, terminated, truncated, info = self.env.step_wait()
-        facts = {name: value[0] for name, value in info.items() if not name.startswith("_")}
-        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), facts
-
-    def close(self):
-        """Without a word to the process, which may be dead or in the middle of a step."""
-        for process in self.env.processes:
-            process.terminate()
-        for process in self.env.processes:
-            process.join()
-        self.env.closed = True  # its own close() would wait for an answer
-
-
-def ready(players: list) -> list:
-    """Of the players that were asked for something, those with an answer; waits for one, for half a second at most."""
-    local = [player for player in players if isinstance(player, LocalPlayer)]
-    if local:
-        return local
-    answered = wait([player.connection for player in players], timeout=0.5)
-    return [player for player in players if player.connection in answered]
 
 
 # files ----------------------------------------------------------------------------------------------------------------
@@ -461,119 +393,126 @@ def recover(folder: Path, compress: bool) -> list[Path]:
 
 
 # collecting -----------------------------------------------------------------------------------------------------------
-@dataclass
-class Tally:
-    """What came of the episodes."""
-
-    episodes: list[dict] = field(default_factory=list)  # number, seed, return, length, success, error, interrupted, ...
-    actions: np.ndarray = None  # labels per action
-    steps: int = 0
+PLAY, END = 0, 1  # what a recorder is told
+SLICE_S = 0.1  # seconds that it plays on its own
 
 
-class Collector:
-    """Plays episodes with several players and writes what they see."""
+class Recorder(gym.Env):
+    """An environment with an expert and a writer. One step of it plays on for SLICE_S and writes what happens, so that
+    pictures stay in the process that sees them. Its info holds a report as JSON: steps and labels since the last one,
+    the `episode` that ended, a `problem` that ends the run, `stop` after Ctrl-C."""
 
-    def __init__(self, args: Args, players: list, facts: dict, fixed_seed: int | None, stop: "Stop", bar: tqdm):
-        self.args, self.players, self.facts, self.fixed_seed = args, players, facts, fixed_seed
-        self.names, self.stop, self.bar = facts["action_meanings"], stop, bar
-        self.writers: dict = {}  # player: its episode
-        self.pending: dict = {}  # player: (label, action played, info) of the step it makes
-        self.rng: dict = {}  # player: chance of its episode
-        self.returns: dict = {}
-        self.tally = Tally(actions=np.zeros(len(self.names), int))
-        self.left = args.episodes
-        self.jobs: list[Future] = []
-        self.background = ThreadPoolExecutor(1)
+    observation_space, action_space = gym.spaces.Discrete(1), gym.spaces.Discrete(2)
 
-    def run(self):
-        """Until all episodes are there or `stop` is true. What is under way then is joined as it is."""
-        clock, shown = time.monotonic(), 0.0
-        try:
-            for player in self.players:
-                self.begin(player)
-            while self.writers and not self.stop():
-                for player in ready(list(self.writers)):
-                    self.receive(player)
-                if (now := time.monotonic() - clock) - shown > 0.5:
-                    shown = now
-                    self.bar.set_postfix_str(f"{self.tally.steps} steps, {self.tally.steps / now:.0f}/s")
-        except KeyboardInterrupt:  # a second Ctrl-C, or a person closed the window
-            self.stop.received = True
-        finally:
-            failure = sys.exc_info()[1]
-            for player in list(self.writers):
-                try:
-                    self.end(player, {"truncated": True, "interrupted": True})
-                except OSError as error:  # its folder stays, the next run joins it
-                    failure = failure or error
-            self.background.shutdown()
-            for job in self.jobs:
-                failure = failure or job.exception()
-            if failure and not isinstance(failure, KeyboardInterrupt):
-                raise failure
-
-    def begin(self, player):
-        if self.left <= 0:
-            return
-        self.left -= 1
-        args = self.args
-        writer = Writer.begin(args.expert_data_dir, args.seed, self.fixed_seed, self.facts, args.chunk_steps)
-        self.writers[player], self.returns[player] = writer, 0.0
-        self.rng[player] = np.random.default_rng([writer.facts["seed"], 1])
-        player.reset(writer.facts["seed"])
-
-    def receive(self, player):
-        """One answer of `player`: note the step that it ends, then begin the next one or end the episode."""
-        obs, reward, terminated, truncated, packed = player.receive()
-        writer, args = self.writers[player], self.args
-        if made := self.pending.pop(player, None):
-            label, taken, info = made
-            writer.step(label, taken, reward, terminated or truncated, info)
-            self.returns[player] += reward
-            self.tally.actions[label] += 1
-            self.tally.steps += 1
-        error = packed["expert_error"]
-        if terminated or truncated or error:
-            writer.observe(np.ascontiguousarray(obs))
-            ending = {"truncated": bool(truncated and not terminated), "success": bool(packed["success"])}
-            if error and not (terminated or truncated):
-                cut = error.startswith("EpisodeEnd")
-                ending |= {"truncated": True, "error": "" if cut else error}
-            self.end(player, ending | {"interrupted": False}, packed["json"])
-            self.begin(player)
-            return
-        label = taken = int(packed["expert_action"])
-        if args.epsilon and self.rng[player].random() < args.epsilon:
-            taken = int(self.rng[player].integers(len(self.names)))
-        picture = obs.copy()  # the player's memory is its own again
-        player.step(taken)
-        self.pending[player] = (label, taken, packed["json"])
-        writer.observe(picture)
-
-    def end(self, player, ending: dict, final_info: str | None = None):
-        """Close the episode of `player`; writing more than names and heads is left to a thread."""
-        args, writer = self.args, self.writers.pop(player)
-        made = self.pending.pop(player, None)
-        ending = {"success": False, "error": ""} | ending | {"final_info": final_info or (made and made[2])}
-        episode = {"number": writer.number, "seed": writer.facts["seed"], "length": writer.steps}
-        episode |= {"return": self.returns[player], **ending}
-        info = json.loads(ending["final_info"] or "null") or {}
-        episode["milestones"] = info.get("milestones", {}).get("completed", [])
-        self.tally.episodes.append(episode)
-        job = partial(finish, writer, ending, args.compress, args.video_fps if args.record_video else 0)
-        if args.compress or args.record_video:
-            self.jobs.append(self.background.submit(job))
-            if len(self.jobs) > len(self.players):
-                self.jobs.pop(0).result()
+    def __init__(self, args: Args, where: tuple, fixed_seed: int | None, stop=None):
+        if args.expert == "keyboard":
+            self.env = make_env(*where)
+            actions = meanings(self.env), int(self.env.action_space.n)
+            self.env.expert = experts.Driver(person(args, *actions, stop), *actions)
         else:
-            job()
-        self.bar.update()
+            self.env = make_env(*where, args.expert)
+        self.args, self.fixed_seed, self.writer, self.state = args, fixed_seed, None, None
+        n_actions = int(self.env.action_space.n)
+        self.facts = {
+            "env_id": choose_env(*where)[0],
+            "rom_sha1": getattr(self.env.unwrapped, "rom_sha1", None) or "",
+            "action_meanings": meanings(self.env) or [str(n) for n in range(n_actions)],
+            "shape": self.env.observation_space.shape,
+            "expert": args.expert,
+            "epsilon": args.epsilon,
+        }
 
+    def reset(self, *, seed=None, options=None):
+        """A new episode. Its number and seed come from the folder, not from `seed`."""
+        return 0, self.report(self.begin)
 
-def finish(writer: Writer, ending: dict, compress: bool, video_fps: int):
-    path = writer.close(ending, compress)
-    if path and video_fps and writer.steps:
-        write_video(path, video_fps)
+    def step(self, action):
+        return 0, 0.0, False, False, self.report(self.interrupt if action == END else self.play)
+
+    def report(self, act) -> dict:
+        self.news = {"steps": 0, "actions": [0] * len(self.facts["action_meanings"]), "episode": None}
+        self.news |= {"problem": "", "stop": False}
+        try:
+            act()
+        except KeyboardInterrupt:  # the window was closed, or a second Ctrl-C
+            self.news["stop"] = True
+            self.quietly(self.interrupt)
+        except OSError as error:
+            self.news["problem"] = f"{self.args.expert_data_dir}: {error.strerror or error}"
+            if error.errno == errno.ENOSPC:
+                self.news["problem"] += ". The finished episodes are whole. Free some space and start again"
+            self.drop()
+        except Exception as error:  # the game's own
+            traceback.print_exc()
+            self.news["problem"] = f"{self.facts['env_id']} failed: {experts.describe(error)}"
+            self.quietly(self.interrupt)
+        return {"report": json.dumps(self.news)}
+
+    def quietly(self, act):
+        try:
+            act()
+        except OSError as error:
+            self.news["problem"] = self.news["problem"] or f"{self.args.expert_data_dir}: {error.strerror or error}"
+            self.drop()
+
+    def begin(self):
+        args = self.args
+        self.writer = Writer.begin(args.expert_data_dir, args.seed, self.fixed_seed, self.facts, args.chunk_steps)
+        seed, self.state = self.writer.facts["seed"], None
+        self.rng, self.episode_return = np.random.default_rng([seed, 1]), 0.0
+        obs, self.state = self.env.reset(seed=seed)
+        self.writer.observe(np.ascontiguousarray(obs))
+        self.check(False, False)
+
+    def play(self):
+        until = time.monotonic() + SLICE_S
+        while self.writer and time.monotonic() < until:
+            info, label = self.state["json"], self.state["expert_action"]
+            taken = label
+            if self.args.epsilon and self.rng.random() < self.args.epsilon:
+                taken = int(self.rng.integers(len(self.facts["action_meanings"])))
+            obs, reward, terminated, truncated, self.state = self.env.step(taken)
+            self.writer.step(label, taken, reward, terminated or truncated, info)
+            self.writer.observe(np.ascontiguousarray(obs))
+            self.episode_return += reward
+            self.news["steps"] += 1
+            self.news["actions"][label] += 1
+            self.check(terminated, truncated)
+
+    def check(self, terminated: bool, truncated: bool):
+        """End the episode where the game or the expert does."""
+        error = self.state["expert_error"]
+        if terminated or truncated:
+            self.end(truncated=truncated and not terminated, error="")
+        elif error:
+            self.end(truncated=True, error="" if error.startswith("EpisodeEnd") else error)
+
+    def interrupt(self):
+        if self.state is None:
+            self.drop()
+        elif self.writer:
+            self.end(truncated=True, error="", interrupted=True)
+
+    def end(self, truncated: bool, error: str, interrupted: bool = False):
+        args, writer, info = self.args, self.writer, self.state["json"]
+        ending = {"truncated": truncated, "interrupted": interrupted, "error": error}
+        ending |= {"success": self.state["success"], "final_info": info}
+        path = writer.close(ending, args.compress)
+        self.writer = None
+        self.news["episode"] = ending | {"number": writer.number, "length": writer.steps, "return": self.episode_return}
+        self.news["episode"]["milestones"] = json.loads(info).get("milestones", {}).get("completed", [])
+        if path and args.record_video and writer.steps:
+            write_video(path, args.video_fps)
+
+    def drop(self):
+        """Let go of the episode as it is: the next start joins it."""
+        if self.writer:
+            self.writer.file.close()
+        self.writer = None
+
+    def close(self):
+        self.drop()
+        self.env.close()
 
 
 def write_video(path: Path, fps: int):
@@ -591,6 +530,108 @@ def write_video(path: Path, fps: int):
         temporary.unlink(missing_ok=True)
 
 
+# workers --------------------------------------------------------------------------------------------------------------
+class LocalWorker:
+    """A recorder in this process. `reset` and `step` say what to do, `receive` does it."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.request = recorder, None
+
+    def reset(self):
+        self.request = self.recorder.reset
+
+    def step(self, action: int):
+        self.request = partial(self.recorder.step, action)
+
+    def receive(self) -> dict:
+        return json.loads(self.request()[-1]["report"])
+
+    def close(self):
+        self.recorder.close()
+
+
+class RemoteWorker:
+    """A recorder in a process of its own, as a vector of one: together, each would wait for the slowest."""
+
+    def __init__(self, make):
+        self.env = AsyncVectorEnv([make], context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+        self.connection, self.wait = self.env.parent_pipes[0], None
+
+    def reset(self):
+        self.env.reset_async()
+        self.wait = self.env.reset_wait
+
+    def step(self, action: int):
+        self.env.step_async(np.array([action]))
+        self.wait = self.env.step_wait
+
+    def receive(self) -> dict:
+        """Raises EOFError or ConnectionError where the process is dead."""
+        return json.loads(self.wait()[-1]["report"][0])
+
+    def close(self):
+        """Without a word to the process, which may be dead or in the middle of a step."""
+        for process in self.env.processes:
+            process.terminate()
+        for process in self.env.processes:
+            process.join()
+        self.env.closed = True  # its own close() would wait for an answer
+
+
+def ready(workers: list) -> list:
+    """Those with an answer; waits for one."""
+    if isinstance(workers[0], LocalWorker):
+        return list(workers)
+    answered = wait([worker.connection for worker in workers])
+    return [worker for worker in workers if worker.connection in answered]
+
+
+@dataclass
+class Tally:
+    """What came of the run so far."""
+
+    names: list[str]  # of the actions
+    episodes: list[dict] = field(default_factory=list)
+    actions: np.ndarray = None  # labels per action
+    steps: int = 0
+    problem: str = ""
+
+    def add(self, report: dict):
+        self.steps += report["steps"]
+        self.actions = np.array(report["actions"]) + (0 if self.actions is None else self.actions)
+        self.episodes += [report["episode"]] if report["episode"] else []
+        self.problem = self.problem or report["problem"]
+
+
+def collect(args: Args, workers: list, tally: Tally, stop: "Stop", bar: tqdm):
+    """Until all episodes are there. After Ctrl-C or a problem those under way are ended and no other begins."""
+    left, busy, begun = args.episodes, [], time.monotonic()
+    for worker in workers[: args.episodes]:
+        worker.reset()
+        busy.append(worker)
+    left -= len(busy)
+    while busy:
+        for worker in ready(busy):
+            try:
+                report = worker.receive()
+            except (EOFError, ConnectionError) as error:
+                tally.problem = tally.problem or f"a worker died ({experts.describe(error)})"
+                busy.remove(worker)
+                continue
+            tally.add(report)
+            stop.received |= report["stop"]
+            bar.update(bool(report["episode"]))
+            bar.set_postfix_str(f"{tally.steps} steps, {tally.steps / (time.monotonic() - begun):.0f}/s", False)
+            over = stop() or tally.problem
+            if not (report["episode"] or report["problem"]):
+                worker.step(END if over else PLAY)
+            elif left and not over:
+                worker.reset()
+                left -= 1
+            else:
+                busy.remove(worker)
+
+
 # the table ------------------------------------------------------------------------------------------------------------
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a rate."""
@@ -601,11 +642,12 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summarise(tally: Tally, names: list[str]) -> dict:
+def summarise(tally: Tally) -> dict:
     """Numbers over the episodes that came to their end."""
     failed = [e for e in tally.episodes if e["error"]]
     cut = [e for e in tally.episodes if e["interrupted"] and e["length"]]
     whole = [e for e in tally.episodes if not e["error"] and not e["interrupted"]]
+    counts = np.zeros(len(tally.names), int) if tally.actions is None else tally.actions
     reached = list(dict.fromkeys(name for e in whole for name in e["milestones"]))
     return {
         "episodes": len(whole),
@@ -615,7 +657,7 @@ def summarise(tally: Tally, names: list[str]) -> dict:
         "lengths": [e["length"] for e in whole],
         "success": [e["success"] for e in whole],
         "milestones": {name: sum(name in e["milestones"] for e in whole) for name in reached},
-        "actions": {name: int(n) for name, n in zip(names, tally.actions, strict=True)},
+        "actions": {name: int(n) for name, n in zip(tally.names, counts, strict=True)},
         "steps": tally.steps,
     }
 
@@ -692,76 +734,63 @@ def check(args: Args):
 def main(args: Args) -> dict:
     """Collect, then print the table. Returns what is in it, `paths` and `recovered`. Exit status 1 if an episode failed
     or the disk is full, 130 after Ctrl-C."""
-    stop, players = Stop(), []
+    stop, workers = Stop(), []
     try:
         check(args)
         where = (args.env_id, args.rom_path, args.core, args.init_state, args.max_steps)
-        env_id, _ = choose_env(*where)
         fixed_seed = None
         if args.expert.startswith("replay:"):
             fixed_seed = experts.load_replay(Path(args.expert.removeprefix("replay:")))[1]
         args.expert_data_dir.mkdir(parents=True, exist_ok=True)
         recovered = recover(args.expert_data_dir, args.compress)
-        make = partial(make_env, *where, args.expert)
-        if args.expert == "keyboard":
-            env = make_env(*where)
-            env.expert = experts.Driver(person(args, env, stop), meanings(env), int(env.action_space.n))
-        else:
-            env = make()
+        recorder = Recorder(args, where, fixed_seed, stop)
     except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(str(error)) from None
     for path in recovered:
         print(f"{path}: joined from what a killed run left, up to its last whole chunk")
-    n_actions = int(env.action_space.n)
-    names = meanings(env) or [str(n) for n in range(n_actions)]
-    facts = {
-        "env_id": env_id,
-        "rom_sha1": getattr(env.unwrapped, "rom_sha1", None) or "",
-        "action_meanings": names,
-        "shape": env.observation_space.shape,
-        "expert": args.expert,
-        "epsilon": args.epsilon,
-    }
-    workers = f"{args.num_workers} workers" if args.num_workers > 1 else "this process"
-    print(f"{env_id}: {args.episodes} episodes of the {args.expert} expert by {workers} into {args.expert_data_dir}")
+    n_workers = min(args.num_workers, args.episodes)
+    by = f"{n_workers} workers" if n_workers > 1 else "this process"
+    env_id, tally = recorder.facts["env_id"], Tally(recorder.facts["action_meanings"])
+    print(f"{env_id}: {args.episodes} episodes of the {args.expert} expert by {by} into {args.expert_data_dir}")
     if args.expert == "keyboard":
         print("keys: " + ", ".join(args.keys) + "; Escape or closing the window ends")
 
     with stop, tqdm(total=args.episodes, unit="episode") as bar:
-        collector = None
         try:
-            if args.num_workers == 1:
-                players = [LocalPlayer(env)]
+            if n_workers == 1:
+                workers.append(LocalWorker(recorder))
             else:
-                env.close()
-                players = [RemotePlayer(make) for _ in range(min(args.num_workers, args.episodes))]
-            collector = Collector(args, players, facts, fixed_seed, stop, bar)
-            collector.run()
-            problem = None
+                recorder.close()
+                for _ in range(n_workers):
+                    workers.append(RemoteWorker(partial(Recorder, args, where, fixed_seed)))
+            collect(args, workers, tally, stop, bar)
+        except KeyboardInterrupt:  # a second Ctrl-C
+            pass
         except (EOFError, ConnectionError) as error:
-            problem = f"a worker died ({experts.describe(error)}). Its episode is kept up to there"
-        except OSError as error:
-            problem = f"{args.expert_data_dir}: {error.strerror or error}"
-            if error.errno == errno.ENOSPC:
-                problem += ". The finished episodes are whole; free some space and start again: numbering goes on"
+            tally.problem = f"a worker did not start ({experts.describe(error)})"
         finally:
-            for player in players:
-                player.close()
+            for worker in workers:
+                worker.close()
+    if stop.received or tally.problem:
+        try:
+            recovered += recover(args.expert_data_dir, args.compress)
+        except OSError:  # a full disk; the next start does it
+            pass
 
-    summary = summarise(collector.tally, names) if collector else {"failed": {}, "interrupted": []}
-    if collector:
-        print(table(summary))
+    summary = summarise(tally)
+    print(table(summary))
     for number, error in summary["failed"].items():
         print(f"episode {number:04d} failed: {error}")
     if summary["interrupted"]:
         print("cut short: episodes " + ", ".join(f"{number:04d}" for number in summary["interrupted"]))
-    print(f"files in {args.expert_data_dir}" + ("; failed ones in failed/, not for training" * bool(summary["failed"])))
-    if problem:
-        raise SystemExit(problem)
+    print(f"files in {args.expert_data_dir}" + ("; failed ones in failed, not for training" * bool(summary["failed"])))
     if stop.received:
+        print(tally.problem or "stopped by Ctrl-C")
         raise SystemExit(130)
+    if tally.problem:
+        raise SystemExit(tally.problem)
     if summary["failed"]:
-        raise SystemExit(f"{len(summary['failed'])} of {len(collector.tally.episodes)} episodes failed")
+        raise SystemExit(f"{len(summary['failed'])} of {len(tally.episodes)} episodes failed")
     return summary | {"recovered": recovered}
 
 

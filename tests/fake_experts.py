@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 
 class Walker:
@@ -48,6 +49,7 @@ class CtrlC(Waverer):
 
     def other(self):
         os.kill(self.collector(), signal.SIGINT)
+        time.sleep(0.2)  # longer than a worker plays on its own
         return "RIGHT"
 
 

@@ -2,8 +2,8 @@
 
     python collect_expert_data.py --episodes 1 --expert pokemon_env/examples/code_agent.py:make_expert
 
-`StubAgent` stands where yours goes, so that this runs without a key or a network: put your agent into `make_expert`.
-For an agent that writes code and runs it, keep in mind that it runs here with your rights.
+`StubAgent` stands where yours goes, so that this runs without a key or a network: put your agent into `make_expert`. An
+agent that writes code and runs it runs that code here, with your rights.
 """
 
 import numpy as np

@@ -104,12 +104,12 @@ def test_cloning_learns_and_leaves_the_files_of_the_specification(data, tmp_path
 
 
 def test_dagger_labels_what_the_student_sees(data, tmp_path):
-    settings = {"algorithm": "dagger", "label_budget": 48, "dagger_rounds": 3, "eval_episodes": 2}
-    result = train(data, tmp_path, total_training_steps=120, **settings)
+    settings = {"algorithm": "dagger", "label_budget": 66, "dagger_rounds": 3, "dagger_steps": 12, "eval_episodes": 2}
+    result = train(data, tmp_path, total_training_steps=160, **settings)
     run_dir = Path(result["run_dir"])
     rounds = [np.load(run_dir / f"dagger_round_{number}.npz") for number in (1, 2, 3)]
     assert [len(r["action"]) for r in rounds] == [12, 12, 12]
-    assert scalars(str(run_dir), "train/expert_labels") == [24, 36, 48]
+    assert scalars(str(run_dir), "train/expert_labels") == [42, 54, 66]
     shares = scalars(str(run_dir), "train/expert_share")
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
     assert result["eval/success_rate"] > 0.5

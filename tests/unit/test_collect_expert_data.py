@@ -223,13 +223,14 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, capsys, expert, workers):
     assert not list(tmp_path.glob("*.part"))
     episodes, _ = read_episodes(tmp_path)
     cut = [episode for episode in episodes if episode["interrupted"]]
-    assert 2 <= len(episodes) <= 4 and 1 <= len(cut) <= workers
+    assert 2 <= len(episodes) < 50 and 1 <= len(cut) <= workers
+    assert any(len(episode["actions"]) == 5 for episode in cut)
     for episode in cut:
-        assert episode["truncated"] and not episode["dones"].any() and 1 <= len(episode["actions"]) < 12
+        assert episode["truncated"] and not episode["dones"].any()
 
 
 def test_a_game_that_crashes_is_told_and_its_steps_are_kept(tmp_path):
-    with pytest.raises(RuntimeError, match="fell over"):
+    with pytest.raises(SystemExit, match="Crash-v0 failed: RuntimeError: the game fell over"):
         collect(tmp_path, env_id="tests.fake_games:Crash-v0")
     assert load(tmp_path / "episode_0001.npz")["episode_length"] == 19
 
@@ -357,7 +358,7 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(tmp_path, monkeypatch, whe
             patch.setattr(collector.np.lib.format, "write_array", Full(np.lib.format.write_array, 40))
         with pytest.raises(SystemExit) as stopped:
             collect(tmp_path, episodes=9, compress=compress)
-    assert "No space left on device" in str(stopped.value.code) and "free some space" in str(stopped.value.code)
+    assert "No space left on device" in str(stopped.value.code) and "Free some space" in str(stopped.value.code)
     assert 1 <= len(list(tmp_path.glob("*.npz"))) < 9
     read_episodes(tmp_path)
     collect(tmp_path, episodes=1)
