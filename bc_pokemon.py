@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +76,7 @@ class Args:
     max_steps: int = 0
     """steps until an evaluation episode is cut off; 0 means the environment's own limit"""
     label_budget: int = 0
-    """use only so many expert labels, those that dagger asks for included; 0 means all"""
+    """use only so many expert labels, `dagger_steps` of each round included; 0 means all"""
     top_fraction: float = 1.0
     """share of the episodes to learn from, those of highest return; above 0, up to 1"""
     val_fraction: float = 0.1
@@ -111,7 +111,7 @@ class Args:
     class_weights: Literal["none", "sqrt", "inverse"] = "none"
     """weight of an action in the cross-entropy: 1, or (1 / its frequency) to the power of 0.5 or 1"""
     state_inputs: Literal["none", "milestone", "vector", "text"] = "none"
-    """what the network gets beside the pixels: the milestones reached, the state as numbers, or as hashed words"""
+    """what the network gets beside the pixels: how many milestones are reached, the state as numbers, or as words"""
     milestone_curriculum: bool = False
     """begin with what was played before the first milestones; the rest joins during the first half of the updates"""
     bc_weight: float = 1.0
@@ -128,8 +128,10 @@ class Args:
     """whom dagger asks and who plays beside the policy in the evaluation, as in collect_expert_data.py; None: nobody"""
     dagger_rounds: int = 5
     """dagger: how often the student plays, at equal distances between a quarter and three quarters of the updates"""
+    dagger_episodes: int = 8
+    """dagger: episodes it plays each time"""
     dagger_steps: int = 250
-    """dagger: states that the expert labels per round"""
+    """dagger: states of them, drawn at random, that the expert labels"""
     dagger_share: Literal["return", "decay"] = "return"
     """dagger: share of the steps that the expert plays: 1 - student's return / expert's, or `dagger_decay` ^ round"""
     dagger_decay: float = 0.5
@@ -142,7 +144,9 @@ class Args:
     eval_episodes: int = 5
     """episodes of each, always the same seeds"""
     final_eval_episodes: int = 100
-    """episodes of the final evaluation, by argmax and by sampling; 0 means no environment at all"""
+    """episodes of the final evaluation; 0 means none"""
+    eval_sampled: bool = True
+    """play them a second time, with actions drawn from the policy"""
     baseline_episodes: int = 20
     """episodes of each baseline (expert, random, majority action, repeat previous, replay) at the end; 0 means none"""
     eval_patience: int = 300
@@ -192,20 +196,23 @@ MENUS = ("none", "message", "start", "choose", "action", "move")
 def state_features(info: dict, kind: str) -> np.ndarray:
     """What --state-inputs gives the network of an `info` of PokemonEnv: float32 (STATE_DIM[kind],)."""
     x = np.zeros(STATE_DIM[kind], np.float32)
+    if not info:  # nothing is played there any more
+        return x
     if kind == "milestone":
         x[min(len(info["milestones"]["completed"]), 31)] = 1
     elif kind == "vector":
         player, battle, lead = info["player"], info["battle"] or {}, (info["party"] or [{}])[0]
         enemy = battle.get("enemy") or {}
-        x[:4] = player["x"] / 32, player["y"] / 32, player["map"][0] / 32, player["map"][1] / 32
+        x[:2] = (player["x"] or 0) / 32, (player["y"] or 0) / 32
+        x[2:4] = [number / 32 for number in player["map"] or (0, 0)]  # None before the game has begun
         x[4:8] = [player["facing"] == facing for facing in FACINGS]
         x[8:14] = [info["menu"] == menu for menu in MENUS]
         x[14:16] = info["dialogue"], info["locked"]
         x[16:18] = battle.get("trainer", 0), battle.get("cursor") or 0
-        x[18:20] = [battle.get("kind") == kind for kind in ("leaf", "tide")]
-        x[20:22] = lead.get("hp", 0) / max(1, lead.get("max_hp", 1)), lead.get("level", 0) / 100
-        x[22:24] = enemy.get("hp", 0) / max(1, enemy.get("max_hp", 1)), enemy.get("level", 0) / 100
-        x[24:27] = len(info["party"]) / 6, sum(info["badges"]) / 8, np.log1p(info["money"]) / 16
+        x[18:20] = [battle.get("kind") == foe for foe in ("leaf", "tide")]
+        x[20:22] = (lead.get("hp") or 0) / max(1, lead.get("max_hp") or 1), (lead.get("level") or 0) / 100
+        x[22:24] = (enemy.get("hp") or 0) / max(1, enemy.get("max_hp") or 1), (enemy.get("level") or 0) / 100
+        x[24:27] = len(info["party"]) / 6, sum(info["badges"]) / 8, np.log1p(info["money"] or 0) / 16
         x[27] = len(info["milestones"]["completed"]) / max(1, info["milestones"]["total"])
     elif kind == "text":
         for word in state_text(info).split():
@@ -217,7 +224,7 @@ def state_text(info: dict) -> str:
     """The state in words, as a language model would be told it."""
     player, battle = info["player"], info["battle"]
     words = [f"at={player['location']}:{player['x']},{player['y']}".replace(" ", "_"), f"facing={player['facing']}"]
-    words += [f"x={player['x']}", f"y={player['y']}", f"map={player['map'][0]}.{player['map'][1]}"]
+    words += [f"x={player['x']}", f"y={player['y']}", f"map={player['map']}".replace(" ", "")]
     words += [f"next={info['milestones']['next']}", f"menu={info['menu']}", f"dialogue={info['dialogue']}"]
     words += [f"flag={flag}" for flag in info["flags"]]
     if battle:
@@ -226,9 +233,9 @@ def state_text(info: dict) -> str:
 
 
 # data: cache, rows, batches -------------------------------------------------------------------------------------------
-def cached_frames(episode: dict, args: Args) -> np.ndarray:
-    """The episode at the network's resolution: uint8 (T + 1, 3, h, w), memory-mapped; the last one is what the last
-    action led to, or the last observation again where the file does not have it. Made once per file and size."""
+def cache_frames(episode: dict, args: Args) -> Path:
+    """A file for `open_frames`: the episode at the network's resolution, uint8 (T + 1, 3, h, w); the last frame is what
+    the last action led to, or the last observation again where it is not known. Made once per file and size."""
     path, (T, H, W, _) = episode["path"], episode["shape"]
     folder = Path(args.cache_dir or Path(args.expert_data_dir) / ".cache")
     size = f"{args.obs_height}x{args.obs_width}"
@@ -237,22 +244,18 @@ def cached_frames(episode: dict, args: Args) -> np.ndarray:
         temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            frames = np.lib.format.open_memmap(
-                temporary, "w+", np.uint8, (T + 1, 3, args.obs_height, args.obs_width), version=(1, 0)
-            )
             chunk = max(1, CHUNK_BYTES // (H * W * 3))
-            with open_observations(path) as (_, _, stream):
+            header = {"descr": "|u1", "fortran_order": False, "shape": (T + 1, 3, args.obs_height, args.obs_width)}
+            with open(temporary, "wb") as file, open_observations(path) as (_, _, stream):
+                np.lib.format.write_array_header_1_0(file, header)
                 for first in range(0, T, chunk):
                     n = min(chunk, T - first)
                     pixels = np.frombuffer(stream.read(n * H * W * 3), np.uint8).reshape(n, H, W, 3)
-                    frames[first : first + n] = preprocess(torch.tensor(pixels), args.obs_height, args.obs_width)
+                    small = preprocess(torch.tensor(pixels), args.obs_height, args.obs_width)
+                    file.write(small.numpy())
                 stream.read()  # to the end: checks the CRC
-            final = episode.get("final_observation")
-            if final is not None:
-                frames[T] = preprocess(torch.tensor(final)[None], args.obs_height, args.obs_width)[0]
-            else:
-                frames[T] = frames[T - 1]
-            frames.flush()
+                final = torch.tensor(episode.get("final_observation", pixels[-1]))
+                file.write(preprocess(final[None], args.obs_height, args.obs_width).numpy())
             os.replace(temporary, cache)
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
@@ -260,6 +263,11 @@ def cached_frames(episode: dict, args: Args) -> np.ndarray:
             raise ValueError(f"{folder} cannot take {cache.name} ({error}). Choose another --cache-dir") from None
         finally:
             temporary.unlink(missing_ok=True)
+    return cache
+
+
+@lru_cache(maxsize=256)  # each holds a file open
+def open_frames(cache: Path) -> np.ndarray:
     return np.load(cache, mmap_mode="r")
 
 
@@ -269,13 +277,14 @@ class Demonstrations:
 
     def __init__(self, gamma: float, n_step: int):
         self.gamma, self.n_step = gamma, n_step
-        self.frames, self.starts = [], np.empty(0, np.int64)  # per episode: (T + 1, 3, h, w), its first row
-        self.rows = {}  # name -> (R, ...)
+        self.frames, self.starts = [], []  # per episode: (T + 1, 3, h, w) or a file of them, its first row
+        self.columns, self.n_rows, self.joined = {}, 0, {}  # name -> one array per episode
 
     def add(self, frames, actions, taken, rewards, terminated: bool, known_end: bool, features, stage) -> np.ndarray:
-        """Append an episode of T steps; returns the rows of its steps (T,). `known_end`: the last frame is truly what
-        followed, so that the last transition of an episode that was cut off can be bootstrapped from it."""
-        T, first = len(actions), len(self)
+        """Append an episode of T steps; `features` (T + 1, D) and `stage` (T + 1,) go on to its last frame. Returns the
+        rows of its steps (T,). `known_end`: the last frame is truly what followed, so that the last transition of an
+        episode that was cut off can be bootstrapped from it."""
+        T, first = len(actions), self.n_rows
         return_n, next_row, discount = n_step_transitions(rewards, terminated, known_end, self.n_step, self.gamma)
         columns = {
             "action": np.append(actions, 0),
@@ -284,26 +293,35 @@ class Demonstrations:
             "next_row": np.append(first + next_row, first + T),
             "discount": np.append(discount, 0.0).astype(np.float32),
             "td_known": np.append(np.isfinite(return_n), False),
-            "features": np.concatenate([features, features[-1:]]),
-            "stage": np.append(stage, stage[-1]),
+            "features": features,
+            "stage": stage,
             "episode_start": np.full(T + 1, first),
         }
         self.frames.append(frames)
-        self.starts = np.append(self.starts, first)
-        self.rows = {name: np.concatenate([self.rows[name], c]) if self.rows else c for name, c in columns.items()}
+        self.starts.append(first)
+        for name, column in columns.items():
+            self.columns.setdefault(name, []).append(column)
+        self.n_rows, self.joined = first + T + 1, {}
         return np.arange(first, first + T)
 
-    def __len__(self) -> int:
-        return len(self.rows["action"]) if self.rows else 0
+    @property
+    def rows(self) -> dict[str, np.ndarray]:
+        """Everything but the frames: name -> (R, ...)"""
+        if not self.joined:
+            self.joined = {name: np.concatenate(columns) for name, columns in self.columns.items()}
+        return self.joined
 
     def gather(self, rows: np.ndarray, stack: int) -> torch.Tensor:
         """Frame stacks of the rows (B,): uint8 (B, stack * 3, h, w), oldest first; an episode's first frame repeats."""
         rows = rows[:, None] + np.arange(1 - stack, 1)  # (B, stack)
         rows = np.maximum(rows, self.rows["episode_start"][rows[:, -1:]]).ravel()
         episode = np.searchsorted(self.starts, rows, "right") - 1
-        pixels = np.empty((len(rows), *self.frames[0].shape[1:]), np.uint8)
+        pixels = None
         for e in np.unique(episode):
-            pixels[episode == e] = self.frames[e][rows[episode == e] - self.starts[e]]
+            frames = open_frames(self.frames[e]) if isinstance(self.frames[e], Path) else self.frames[e]
+            if pixels is None:
+                pixels = np.empty((len(rows), *frames.shape[1:]), np.uint8)
+            pixels[episode == e] = frames[rows[episode == e] - self.starts[e]]
         return torch.from_numpy(pixels).unflatten(0, (-1, stack)).flatten(1, 2)
 
     def batch(self, rows: np.ndarray, device, *names: str) -> list[torch.Tensor]:
@@ -333,13 +351,20 @@ def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
         episodes = sorted(episodes, key=lambda episode: -episode["rewards"].sum())
         episodes = episodes[: max(1, round(args.top_fraction * len(episodes)))]
     for episode in episodes:
+        last = json.loads(str(episode.get("final_info", "null"))) or episode["infos"][-1]
+        infos = [*episode.pop("infos"), last]
         try:
-            episode["features"] = np.array([state_features(info, args.state_inputs) for info in episode["infos"]])
+            episode["features"] = np.array([state_features(info, args.state_inputs) for info in infos])  # (T + 1, D)
+            episode["stage"] = np.array([n_milestones(info) for info in infos])  # (T + 1,)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{episode['path']}: its infos lack what --state-inputs {args.state_inputs} reads ({error!r}). Use none"
             ) from None
-        episode["stage"] = np.array([n_milestones(info) for info in episode["infos"]])
+        seed = int(episode.get("seed", -1))
+        if args.eval_seed <= seed < args.eval_seed + max(args.eval_episodes, args.final_eval_episodes):
+            raise ValueError(
+                f"{episode['path']} was played with seed {seed}, which evaluates. Choose another --eval-seed"
+            )
     return episodes, names
 
 
@@ -347,6 +372,14 @@ def split_episodes(n: int, fraction: float, seed: int) -> list[int]:
     """Which of n episodes are held out: whole ones, as neighbouring steps look alike."""
     count = min(n - 1, max(1, round(fraction * n))) if fraction else 0
     return sorted(np.random.default_rng(seed).permutation(n)[:count].tolist())
+
+
+def action_statistics(actions: np.ndarray, A: int, weighting: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which actions the labels (N,) show (A,) bool, and their weights in the cross-entropy (A,), 1 on average."""
+    frequency = np.bincount(actions, minlength=A) / len(actions)
+    weights = np.maximum(frequency, 1e-9) ** {"none": 0.0, "sqrt": -0.5, "inverse": -1.0}[weighting]
+    weights = np.where(frequency > 0, weights / np.sum(frequency * weights), 0)
+    return torch.from_numpy(frequency > 0), torch.tensor(weights, dtype=torch.float32)
 
 
 def sample_rows(rows: np.ndarray, stage: np.ndarray, priority, args: Args, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -480,7 +513,8 @@ class Policy:
         if self.decode == "argmax":
             return logits.argmax(1).numpy()
         p = logits.masked_fill(~torch.from_numpy(self.known), -torch.inf).softmax(1).double().numpy()
-        return (p.cumsum(1) > self.rng.random((len(p), 1))).argmax(1)
+        p = p.cumsum(1)
+        return (p > self.rng.random((len(p), 1)) * p[:, -1:]).argmax(1)
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
@@ -491,27 +525,31 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
     )
 
 
-def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str) -> Iterator[dict]:
-    """Play one episode per seed, side by side. Yields every single step of every environment: `e`, `seed`, `begun`, the
-    `obs` and `info` that the action was chosen from, `action`, `reward`, `next_obs`, and at an episode's end `result`.
-    An info holds the expert's advice as `expert_action`, -1 for none."""
+def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str, ask: bool = False) -> Iterator[dict]:
+    """Play one episode per seed, side by side. Yields every single step of every environment: `seed`, the `obs` and
+    `info` that the action was chosen from, `action`, `begun`, and at an episode's end `result`. With `ask` an info has
+    the expert's advice as `expert_action`, -1 for none, and as `expert_error` why there is none."""
     E, waiting = envs.num_envs, list(seeds)
     seed_of = [waiting.pop(0) if waiting else None for _ in range(E)]  # None: nothing left to play
     to_reset = np.ones(E, bool)  # at first all of them: what was never reset has no picture
-    obs, infos = np.zeros(envs.observation_space.shape, np.uint8), [{}] * E
+    obs, infos = np.zeros(envs.observation_space.shape, np.uint8), [{}] * E  # {}: nothing is played there
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the cores are the emulators'
     total, length, n_reached, reached_at = np.zeros(E), np.zeros(E, int), np.zeros(E, int), np.zeros(E, int)
 
     def unpack(received: dict, e: int) -> dict:
-        advice = {name: received[name][e] for name in ("expert_action", "expert_error", "success")}
-        return json.loads(received["json"][e]) | advice
+        packed = {name: received[name][e] for name in ("expert_action", "expert_error", "success")}
+        return json.loads(received["json"][e]) | packed
 
-    with tqdm(total=len(seeds), desc=desc, unit="episode", leave=False) as progress:
+    progress = tqdm(total=len(seeds), desc=desc, unit="episode", leave=False)
+    try:
         while any(seed is not None for seed in seed_of):
             begun = to_reset
             if begun.any():
-                obs, received = envs.reset(seed=[seed or 0 for seed in seed_of], options={"reset_mask": begun})
+                options = {"reset_mask": begun, "ask": ask}
+                obs, received = envs.reset(seed=[seed or 0 for seed in seed_of], options=options)
                 for e in np.flatnonzero(begun):
-                    infos[e] = unpack(received, e)
+                    infos[e] = unpack(received, e) if seed_of[e] is not None else {}
                     total[e], length[e], n_reached[e], reached_at[e] = 0, 0, n_milestones(infos[e]), 0
             to_reset, playing = np.zeros(E, bool), [e for e in range(E) if seed_of[e] is not None]
             actions = act(obs, infos, begun)
@@ -523,9 +561,8 @@ def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str) -> Itera
                 if n_milestones(infos[e]) > n_reached[e]:
                     n_reached[e], reached_at[e] = n_milestones(infos[e]), length[e]
                 stuck = patience and n_reached[e] and length[e] - reached_at[e] >= patience
-                step = {"e": e, "seed": seed_of[e], "begun": bool(begun[e]), "obs": before[e], "info": infos_before[e]}
-                step |= {"action": int(actions[e]), "reward": float(rewards[e]), "next_obs": obs[e]}
-                step |= {"terminated": bool(terminated[e])}
+                step = {"seed": seed_of[e], "begun": bool(begun[e]), "obs": before[e], "info": infos_before[e]}
+                step["action"] = int(actions[e])
                 if terminated[e] or truncated[e] or stuck:
                     step["result"] = {
                         "seed": seed_of[e],
@@ -536,18 +573,22 @@ def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str) -> Itera
                     }
                     seed_of[e] = waiting.pop(0) if waiting else None
                     to_reset[e] = seed_of[e] is not None
+                    infos[e] = {}
                     progress.update()
                 yield step
+    finally:
+        progress.close()
+        torch.set_num_threads(threads)
 
 
 def n_milestones(info: dict) -> int:
     return len(info.get("milestones", {}).get("completed", ()))
 
 
-def play(envs, act: Act, seeds: list[int], patience: int, desc: str, film=None) -> list[dict]:
+def play(envs, act: Act, seeds: list[int], patience: int, desc: str, film=None, ask=False) -> list[dict]:
     """The results of one episode per seed, in the order of the seeds. `film(step)` sees those of the first one."""
     results = {}
-    for step in rollout(envs, act, seeds, patience, desc):
+    for step in rollout(envs, act, seeds, patience, desc, ask):
         if film and step["seed"] == seeds[0]:
             film(step)
         if "result" in step:
@@ -609,7 +650,7 @@ def baselines(envs, demos: Demonstrations, episodes: dict[int, np.ndarray], args
 def ask_expert(frames, infos, begun) -> np.ndarray:
     for info in infos:
         if info and info["expert_error"]:
-            raise ValueError(f"the expert failed: {info['expert_error']}. Choose another --expert, or --expert None")
+            raise ValueError(f"the expert failed: {info['expert_error']}. Name another with --expert, or --expert None")
     return np.array([info["expert_action"] if info else 0 for info in infos])
 
 
@@ -691,7 +732,9 @@ class Film:
 
     def __call__(self, step: dict):
         buttons = np.arange(len(self.names))
-        rows = {"policy": buttons == step["action"], "expert": buttons == step["info"]["expert_action"]}
+        rows = {"policy": buttons == step["action"]}
+        if step["info"]["expert_action"] >= 0:
+            rows["expert"] = buttons == step["info"]["expert_action"]
         milestones = step["info"].get("milestones", {})
         note = f"seed {step['seed']}  next {milestones['next']}" if milestones else f"seed {step['seed']}"
         drawn = draw_keys(step["obs"].repeat(2, 0).repeat(2, 1), self.names, rows, note)
@@ -702,33 +745,33 @@ class Film:
 
 
 # DAgger ---------------------------------------------------------------------------------------------------------------
-def label_by_expert(envs, student: Policy, share: float, n_labels: int, seeds: Iterator[int], args: Args) -> list[dict]:
-    """Episodes in which the expert plays `share` of the steps and the student the others, until the expert has labelled
-    `n_labels` states. Steps that it could not label are played, and left out of the data."""
-    rng = np.random.default_rng((args.seed, next(seeds)))
+DAGGER_COLUMNS = ("frames", "action", "taken", "features", "stage", "labelled")
+
+
+def label_by_expert(envs, student: Policy, share: float, seeds: list[int], args: Args) -> list[dict]:
+    """Whole episodes, one per seed, in which the expert plays `share` of the steps and the student the others. Of all
+    their states `args.dagger_steps`, drawn at random, are `labelled`: the others only lie in between. Raises ValueError
+    where the expert fails."""
+    rng = np.random.default_rng((args.seed, seeds[0]))
 
     def mixture(frames, infos, begun):
-        chosen, advised = student(frames, infos, begun), np.array([info.get("expert_action", -1) for info in infos])
-        return np.where((rng.random(len(chosen)) < share) & (advised >= 0), advised, chosen)
+        return np.where(
+            rng.random(len(frames)) < share, ask_expert(frames, infos, begun), student(frames, infos, begun)
+        )
 
-    open_episodes, finished, labelled = {}, [], 0
-    for step in rollout(envs, mixture, [next(seeds) for _ in range(n_labels)], args.dagger_patience, "expert labels"):
-        label = int(step["info"]["expert_action"])
-        if label >= 0:
-            episode = open_episodes.setdefault(step["e"], {name: [] for name in DAGGER_COLUMNS})
-            small = preprocess(torch.from_numpy(step["obs"])[None], args.obs_height, args.obs_width)[0].numpy()
-            values = small, label, step["action"], state_features(step["info"], args.state_inputs)
-            for name, value in zip(DAGGER_COLUMNS, (*values, n_milestones(step["info"])), strict=True):
-                episode[name].append(value)
-            labelled += 1
-        if "result" in step and step["e"] in open_episodes:
-            finished.append(open_episodes.pop(step["e"]))
-        if labelled == n_labels:
-            break
-    return [{name: np.array(x) for name, x in episode.items()} for episode in [*finished, *open_episodes.values()]]
-
-
-DAGGER_COLUMNS = ("frames", "action", "taken", "features", "stage")
+    episodes = {seed: {name: [] for name in DAGGER_COLUMNS} for seed in seeds}
+    for step in rollout(envs, mixture, seeds, args.dagger_patience, "expert labels", ask=True):
+        frame = preprocess(torch.from_numpy(step["obs"])[None], args.obs_height, args.obs_width)[0].numpy()
+        features, stage = state_features(step["info"], args.state_inputs), n_milestones(step["info"])
+        values = frame, step["info"]["expert_action"], step["action"], features, stage, False
+        for name, value in zip(DAGGER_COLUMNS, values, strict=True):
+            episodes[step["seed"]][name].append(value)
+    episodes = [{name: np.array(values) for name, values in episode.items()} for episode in episodes.values()]
+    ends = np.cumsum([len(episode["action"]) for episode in episodes])
+    labelled = np.arange(ends[-1])[:, None] == np.sort(rng.permutation(ends[-1])[: args.dagger_steps])
+    for episode, part in zip(episodes, np.split(labelled.any(1), ends[:-1]), strict=True):
+        episode["labelled"] = part
+    return episodes
 
 
 def save_round(path: Path, episodes: list[dict]):
@@ -739,13 +782,14 @@ def save_round(path: Path, episodes: list[dict]):
 
 
 def add_round(demos: Demonstrations, path: Path) -> np.ndarray:
-    """Append a round's episodes; returns their rows."""
+    """Append a round's episodes; returns the rows that are labelled."""
     with np.load(path) as file:
-        columns = {name: np.split(file[name], np.cumsum(file["lengths"])[:-1]) for name in DAGGER_COLUMNS}
+        columns = [np.split(file[name], np.cumsum(file["lengths"])[:-1]) for name in DAGGER_COLUMNS]
     rows = []
-    for frames, action, taken, features, stage in zip(*columns.values(), strict=True):
-        frames = np.concatenate([frames, frames[-1:]])
-        rows.append(demos.add(frames, action, taken, np.zeros(len(action)), False, False, features, stage))
+    for frames, action, taken, features, stage, labelled in zip(*columns, strict=True):
+        frames, features, stage = (np.concatenate([x, x[-1:]]) for x in (frames, features, stage))
+        rewards = np.zeros(len(action))  # not kept: no algorithm learns values from these episodes
+        rows.append(demos.add(frames, action, taken, rewards, False, False, features, stage)[labelled])
     return np.concatenate(rows)
 
 
@@ -832,6 +876,9 @@ def check_args(args: Args):
         "obs_width": (8, np.inf),
         "num_envs": (1, np.inf),
         "dagger_rounds": (1, np.inf),
+        "dagger_episodes": (1, np.inf),
+        "dagger_steps": (1, np.inf),
+        "eval_episodes": (1, np.inf),
     }
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
@@ -841,6 +888,8 @@ def check_args(args: Args):
         raise ValueError(f"--top-fraction {args.top_fraction}: expected above 0, up to 1")
     if args.algorithm == "dagger" and args.expert in (None, "keyboard"):
         raise ValueError(f"--algorithm dagger needs an expert that answers at once, --expert is {args.expert}")
+    if args.algorithm == "dagger" and args.total_training_steps < 4 * args.dagger_rounds:
+        raise ValueError(f"--total-training-steps {args.total_training_steps} leave no room for the rounds of dagger")
     if args.export_onnx and not args.export_onnx.endswith(".onnx"):
         raise ValueError(f"--export-onnx {args.export_onnx}: expected a name that ends in .onnx")
 
@@ -872,7 +921,7 @@ def main(args: Args) -> dict:
         data_files = [episode["path"] for episode in episodes]
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
-        frames = [cached_frames(episode, args) for episode in tqdm(episodes, desc="frames", leave=False)]
+        frames = [cache_frames(episode, args) for episode in tqdm(episodes, desc="frames", leave=False)]
         envs = None
         if args.final_eval_episodes or args.algorithm == "dagger":
             envs = make_envs(args)
@@ -882,7 +931,17 @@ def main(args: Args) -> dict:
                     f"{args.expert_data_dir} holds frames {episodes[0]['shape'][1:]} and {len(names)} actions, the "
                     f"environment has {space[1]} and {space[0].n}. Name the one they come from: --env-id, --rom-path"
                 )
-    except (ValueError, OSError, ImportError) as error:
+            rom, played_on = envs.get_attr("rom_sha1")[0], str(episodes[0].get("rom_sha1", ""))
+            if rom and played_on and rom != played_on:
+                raise ValueError(
+                    f"{args.expert_data_dir} was played on a ROM with SHA-1 {played_on}, the environment has {rom}. "
+                    "Name the same one with --rom-path"
+                )
+            if args.expert and args.expert != "keyboard":  # now, not after hours of training
+                error = envs.reset(seed=args.seed, options={"ask": True})[1]["expert_error"][0]
+                if error:
+                    raise ValueError(f"the expert fails: {error}. Name another with --expert, or --expert None")
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(str(error)) from None
 
     # rows of the training and of the held-out episodes
@@ -909,12 +968,14 @@ def main(args: Args) -> dict:
     expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
     rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
     if args.label_budget:
-        train_rows = train_rows[: max(1, args.label_budget - rounds * args.dagger_steps)]
-    counts = np.bincount(demos.rows["action"][train_rows], minlength=A)
-    known = torch.from_numpy(counts > 0)
-    frequency = np.maximum(counts, 1) / counts.sum()
-    class_weights = frequency ** {"none": 0.0, "sqrt": -0.5, "inverse": -1.0}[args.class_weights]
-    class_weights = torch.tensor(class_weights / np.sum(frequency * class_weights), dtype=torch.float32, device=device)
+        asked_for = rounds * args.dagger_steps
+        if not asked_for < args.label_budget <= len(train_rows) + asked_for:
+            raise SystemExit(
+                f"--label-budget {args.label_budget}: expected more than the {asked_for} of dagger's rounds, at most "
+                f"{asked_for + len(train_rows)}, those and the {len(train_rows)} of {args.expert_data_dir}"
+            )
+        train_rows = train_rows[: args.label_budget - asked_for]
+    known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
 
     # run folder
     if checkpoint:
@@ -934,6 +995,7 @@ def main(args: Args) -> dict:
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{run_dir}: {len(train_rows):,} labels of {len(episodes) - len(heldout)} episodes, {len(heldout)} held out")
+    counts = np.bincount(demos.rows["action"][train_rows], minlength=A)
     print("labels " + ", ".join(f"{name} {n / counts.sum():.1%}" for name, n in zip(names, counts, strict=True) if n))
 
     # network and optimiser
@@ -948,8 +1010,8 @@ def main(args: Args) -> dict:
     network = ImpalaCNN(**network_sizes).to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(network) if args.algorithm == "hybrid" else None
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    priority = np.ones(len(demos), np.float32) if args.prioritized and args.algorithm == "hybrid" else None
-    best_return, best_loss, known = -np.inf, np.inf, known.to(device)
+    priority = np.ones(demos.n_rows, np.float32) if args.prioritized and args.algorithm == "hybrid" else None
+    best_return, best_loss, rounds_done = -np.inf, np.inf, checkpoint["rounds_done"] if checkpoint else 0
     if checkpoint:
         network.load_state_dict(checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -958,12 +1020,12 @@ def main(args: Args) -> dict:
             target_network.load_state_dict(checkpoint["target_state_dict"])
         if priority is not None:
             priority = checkpoint["priority"].numpy()
-        for path in sorted(run_dir.glob("dagger_round_*.npz")):
-            if int(path.stem.split("_")[-1]) <= checkpoint["rounds_done"]:
-                train_rows = np.concatenate([train_rows, add_round(demos, path)])
+        for number in range(1, rounds_done + 1):
+            train_rows = np.concatenate([train_rows, add_round(demos, run_dir / f"dagger_round_{number}.npz")])
+        known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
         runs.set_rng_state(checkpoint["rng"])
         torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
-    rounds_done = checkpoint["rounds_done"] if checkpoint else 0
+    known, class_weights = known.to(device), class_weights.to(device)
     expected = seconds_per_update(network, sizes, args, device) * (args.total_training_steps - start_step)
     expected *= 2 if target_network is not None else 1
     print(f"{args.total_training_steps:,} updates of {args.batch_size} on {device}: about {expected / 60:.0f} minutes")
@@ -1007,24 +1069,30 @@ def main(args: Args) -> dict:
         while step < args.total_training_steps and not stop_signal:
             # DAgger: the student plays, the expert labels what it meets
             if rounds_done < rounds and step >= round_steps[rounds_done]:
-                results = play(envs, policy("argmax"), eval_seeds[: args.eval_episodes], args.eval_patience, "student")
-                student_return = np.mean([result["return"] for result in results])
+                rng = np.random.default_rng((args.seed, rounds_done))
+                seeds = rng.integers(2**30, 2**31, args.eval_episodes + args.dagger_episodes).tolist()
                 share = args.dagger_decay ** (rounds_done + 1)
                 if args.dagger_share == "return":
+                    own = seeds[: args.eval_episodes]
+                    results = play(envs, policy("argmax"), own, args.eval_patience, "student")
+                    student_return = np.mean([result["return"] for result in results])
                     share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
-                seeds = iter(range(500_000 + 10_000 * rounds_done, 2**31))
-                asked = label_by_expert(envs, policy("sample"), share, args.dagger_steps, seeds, args)
-                agreement = np.mean(np.concatenate([episode["action"] == episode["taken"] for episode in asked]))
+                    tqdm.write(f"student's return {student_return:.2f}, expert's {expert_return:.2f}")
+                asked = label_by_expert(envs, policy("sample"), share, seeds[args.eval_episodes :], args)
+                said, played_there = (np.concatenate([e[name] for e in asked]) for name in ("action", "taken"))
+                agreement = np.mean(said == played_there)
                 path = run_dir / f"dagger_round_{rounds_done + 1}.npz"
                 save_round(path, asked)
                 train_rows = np.concatenate([train_rows, add_round(demos, path)])
+                known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
+                known, class_weights = known.to(device), class_weights.to(device)
                 rounds_done += 1
                 writer.add_scalar("train/expert_share", share, step)
                 writer.add_scalar("train/expert_agreement", agreement, step)
                 writer.add_scalar("train/expert_labels", len(train_rows), step)
                 tqdm.write(
-                    f"round {rounds_done}: student's return {student_return:.2f}, expert's {expert_return:.2f}, expert "
-                    f"plays {share:.0%}, they agree on {agreement:.0%}, {len(train_rows):,} labels"
+                    f"round {rounds_done}: the expert played {share:.0%} of {len(said)} steps and agreed with "
+                    f"{agreement:.0%} of what was played; {len(train_rows):,} labels"
                 )
                 wait_from = time.time()
 
@@ -1129,23 +1197,30 @@ def main(args: Args) -> dict:
     summaries, results, film = {}, {}, None
     if envs and args.final_eval_episodes:
         seeds = eval_seeds[: args.final_eval_episodes]
-        players = {"policy": policy("argmax"), "policy, sampled": policy("sample")}
+        players = {"policy": policy("argmax")} | ({"policy, sampled": policy("sample")} if args.eval_sampled else {})
         if args.baseline_episodes:
             players |= baselines(envs, demos, played, args)
         film = Film(run_dir / "eval.mp4", names) if args.capture_video else None
         for name, act in players.items():
-            count = len(seeds) if name.startswith("policy") else min(args.baseline_episodes, len(seeds))
-            patience, film_it = args.eval_patience, film if name == "policy" else None
-            results[name] = play(envs, act, seeds[:count], patience, name, film_it)
+            some = seeds if name.startswith("policy") else seeds[: args.baseline_episodes]
+            filmed, ask = (film, bool(args.expert)) if film and name == "policy" else (None, name == "expert")
+            try:
+                results[name] = play(envs, act, some, args.eval_patience, name, filmed, ask)
+            except ValueError as error:  # the expert's; the others are worth their time
+                tqdm.write(f"{name} is left out: {error}")
+                continue
             summaries[name] = summarise(results[name])
-        summary, sampled = summaries["policy"], summaries["policy, sampled"]
+            success, low, high = summaries[name]["success"]
+            tqdm.write(f"{name}: success {success:.2f} ({low:.2f} to {high:.2f}) in {len(results[name])} episodes")
+        summary = summaries["policy"]
         metrics |= {
             "eval/episodic_return": summary["return"][0],
             "eval/episodic_length": summary["length"][0],
             "eval/success_rate": summary["success"][0],
-            "eval/episodic_return_sampled": sampled["return"][0],
-            "eval/success_rate_sampled": sampled["success"][0],
         }
+        if args.eval_sampled:
+            metrics["eval/episodic_return_sampled"] = summaries["policy, sampled"]["return"][0]
+            metrics["eval/success_rate_sampled"] = summaries["policy, sampled"]["success"][0]
         if args.save_best and summary["return"][0] > best_return:
             best_return = summary["return"][0]
             save("best_model.pth", step, best_return)

@@ -82,6 +82,12 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
         episode["infos"] = [i if isinstance(i, dict) else json.loads(str(i)) for i in episode["infos"]]
     except ValueError as error:
         raise ValueError(f"{path}: infos are no JSON ({error}). {MEND}") from None
+    if not all(isinstance(info, dict) for info in episode["infos"]):
+        raise ValueError(f"{path}: infos are not all JSON objects. {MEND}")
+    if episode["dones"][:-1].any():
+        raise ValueError(
+            f"{path}: done at step {episode['dones'].argmax()} of {T}, expected one episode a file. {MEND}"
+        )
     final = episode.get("final_observation")
     if final is not None and (final.shape != shape[1:] or final.dtype != np.uint8):
         raise ValueError(
@@ -104,12 +110,17 @@ def read_episodes(folder: Path, allow_pickle: bool = False) -> tuple[list[dict],
         shape, first = episode["shape"][1:], episodes[0]["shape"][1:]
         if shape != first:
             raise ValueError(f"{path}: frames are {shape}, in {paths[0].name} {first}. {MEND}")
+        for key in ("env_id", "rom_sha1"):
+            theirs, ours = str(episode.get(key, "")), str(episodes[0].get(key, ""))
+            if theirs != ours:
+                raise ValueError(f"{path}: {key} is {theirs!r}, in {paths[0].name} {ours!r}. Keep games apart. {MEND}")
         if _action_names(episode) != names:
             raise ValueError(f"{path}: actions mean {_action_names(episode)}, in {paths[0].name} {names}. {MEND}")
         for key in ("actions", "taken_actions"):
             wrong = episode[key][(episode[key] < 0) | (episode[key] >= len(names))]
             if len(wrong):
                 raise ValueError(f"{path}: {key} hold {wrong[0]}, expected 0 to {len(names) - 1}. {MEND}")
+            episode[key] = episode[key].astype(np.int64)
     return episodes, names
 
 

@@ -16,8 +16,9 @@ class PackedInfo(gym.Wrapper):
     expert says to the observation of the same call, -1 for nothing; `expert_error`: why, "" where all is well;
     `success`: the terminal milestone is reached.
 
-    `expert` is a `Driver` of pokemon_env/experts.py, an expert, what `make_expert` takes, or None. After the end of an
-    episode steps do nothing until the next reset, so that an environment with nothing left to play costs no time.
+    `reset(options={"ask": False})` leaves the expert alone for an episode. `expert` is a `Driver` of
+    pokemon_env/experts.py, an expert, what `make_expert` takes, or None. After the end of an episode steps do nothing
+    until the next reset, so that an environment with nothing left to play costs no time.
     """
 
     def __init__(self, env: gym.Env, expert=None):
@@ -25,12 +26,18 @@ class PackedInfo(gym.Wrapper):
         meanings = getattr(env.unwrapped, "get_action_meanings", lambda: None)()
         if expert is not None and not isinstance(expert, experts.Driver):
             expert = experts.Driver(expert, meanings and list(meanings), int(env.action_space.n))
-        self.expert, self.over = expert, None
+        self.expert, self.asking, self.over = expert, True, None
+
+    @property
+    def rom_sha1(self) -> str:
+        """Of the game's ROM, "" where there is none."""
+        return getattr(self.env.unwrapped, "rom_sha1", "")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        self.over = None
-        if self.expert:
+        options = dict(options or {})
+        self.over, self.asking = None, options.pop("ask", True) and self.expert is not None
+        obs, info = self.env.reset(seed=seed, options=options or None)
+        if self.asking:
             self.expert.reset(info, seed)
         return obs, self.pack(obs, info, None)
 
@@ -38,13 +45,14 @@ class PackedInfo(gym.Wrapper):
         if self.over is not None:
             return self.over
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self.asking &= not (terminated or truncated)
         answer = obs, float(reward), bool(terminated), bool(truncated), self.pack(obs, info, int(action))
         if terminated or truncated:
             self.over = answer
         return answer
 
     def pack(self, obs: np.ndarray, info: dict, taken: int | None) -> dict:
-        action, error = self.expert.action(obs, info, taken) if self.expert else (-1, "")
+        action, error = self.expert.action(obs, info, taken) if self.asking else (-1, "")
         terminal = getattr(self.env.unwrapped, "terminal_milestone", None)
         completed = info.get("milestones", {}).get("completed", ())
         return {

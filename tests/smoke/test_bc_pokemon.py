@@ -105,10 +105,11 @@ def test_cloning_learns_and_leaves_the_files_of_the_specification(data, tmp_path
 
 def test_dagger_labels_what_the_student_sees(data, tmp_path):
     settings = {"algorithm": "dagger", "label_budget": 66, "dagger_rounds": 3, "dagger_steps": 12, "eval_episodes": 2}
+    settings["dagger_episodes"] = 4
     result = train(data, tmp_path, total_training_steps=160, **settings)
     run_dir = Path(result["run_dir"])
     rounds = [np.load(run_dir / f"dagger_round_{number}.npz") for number in (1, 2, 3)]
-    assert [len(r["action"]) for r in rounds] == [12, 12, 12]
+    assert [r["labelled"].sum() for r in rounds] == [12, 12, 12] and [len(r["lengths"]) for r in rounds] == [4, 4, 4]
     assert scalars(str(run_dir), "train/expert_labels") == [42, 54, 66]
     shares = scalars(str(run_dir), "train/expert_share")
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
@@ -150,6 +151,25 @@ def test_another_runs_models_are_replaced_only_when_asked(data, tmp_path):
     torch.testing.assert_close(best["model_state_dict"], load_checkpoint(second / "best_val.pth")["model_state_dict"])
 
 
+def test_an_expert_that_cannot_play_here_is_named_before_training(data, tmp_path):
+    with pytest.raises(SystemExit, match="the expert fails: .*plays PokemonEnv only.*--expert"):
+        train(data, tmp_path, expert="scripted")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_expert_that_fails_later_costs_only_its_own_row(data, tmp_path):
+    quick = {"total_training_steps": 2, "expert": "tests/pixel_world.py:raises"}
+    run_dir = Path(train(data, tmp_path, **quick)["run_dir"])
+    summaries = json.loads((run_dir / "eval.json").read_text())["summaries"]
+    assert "expert" not in summaries and {"policy", "random", "replay"} <= set(summaries)
+
+
+def test_budgets_that_dagger_cannot_keep_are_refused(data, tmp_path):
+    for budget in (30, 10_000):
+        with pytest.raises(SystemExit, match=f"--label-budget {budget}: expected more than the 36"):
+            train(data, tmp_path, algorithm="dagger", dagger_rounds=3, dagger_steps=12, label_budget=budget)
+
+
 def test_frames_of_another_environment_are_refused(data, tmp_path):
     with pytest.raises(SystemExit, match=r"holds frames \(16, 32, 3\) and 3 actions.*--env-id"):
         train(data, tmp_path, env_id="pokemon_env:Quest-v0", expert=None)
@@ -173,7 +193,13 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("algorithm", ["bc", "hybrid", "dagger"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(data, tmp_path, algorithm):
     settings = {"algorithm": algorithm, "final_eval_episodes": 0, "baseline_episodes": 0, "dagger_rounds": 2}
-    settings |= {"dagger_steps": 20, "eval_episodes": 2, "prioritized": algorithm == "hybrid", "frame_stack": 2}
+    settings |= {
+        "dagger_steps": 20,
+        "dagger_episodes": 3,
+        "eval_episodes": 2,
+        "prioritized": algorithm == "hybrid",
+        "frame_stack": 2,
+    }
     whole = Path(train(data, tmp_path / "whole", **settings)["run_dir"])
     flags = [w for k, v in settings.items() if k != "prioritized" for w in (f"--{k.replace('_', '-')}", str(v))]
     flags += ["--prioritized"] * (algorithm == "hybrid") + ["--expert-data-dir", str(data)]

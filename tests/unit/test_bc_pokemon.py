@@ -124,8 +124,8 @@ def demonstrations(lengths=(4, 1, 6), seed: int = 0) -> Demonstrations:
     for T in lengths:
         frames = rng.integers(0, 256, (T + 1, 3, 8, 8), np.uint8)
         actions = rng.integers(0, 4, T)
-        rewards, features = rng.normal(size=T), rng.random((T, 2), np.float32)
-        demos.add(frames, actions, actions, rewards, True, True, features, np.arange(T) // 2)
+        rewards, features = rng.normal(size=T), rng.random((T + 1, 2), np.float32)
+        demos.add(frames, actions, actions, rewards, True, True, features, np.arange(T + 1) // 2)
     return demos
 
 
@@ -133,7 +133,7 @@ def test_stacks_stay_inside_their_episode():
     demos = demonstrations()
     every = np.concatenate(demos.frames)
     episode = np.repeat([0, 1, 2], [5, 2, 7])
-    rows = np.random.default_rng(1).permutation(len(demos))
+    rows = np.random.default_rng(1).permutation(demos.n_rows)
     stacks = demos.gather(rows, 3).numpy().reshape(len(rows), 3, 3, 8, 8)
     for row, stack in zip(rows, stacks, strict=True):
         first = np.flatnonzero(episode == episode[row])[0]
@@ -144,9 +144,9 @@ def test_stacks_stay_inside_their_episode():
 def test_the_terminal_transition_is_kept():
     demos = Demonstrations(0.9, 3)
     rows = demos.add(
-        np.zeros((4, 3, 8, 8), np.uint8), [1, 2, 3], [1, 2, 3], [0.0, 0.0, 5.0], True, True, np.zeros((3, 0)), [0] * 3
+        np.zeros((4, 3, 8, 8), np.uint8), [1, 2, 3], [1, 2, 3], [0.0, 0.0, 5.0], True, True, np.zeros((4, 0)), [0] * 4
     )
-    assert rows.tolist() == [0, 1, 2] and len(demos) == 4
+    assert rows.tolist() == [0, 1, 2] and demos.n_rows == 4
     assert demos.rows["return_n"][2] == 5 and demos.rows["discount"][2] == 0 and demos.rows["td_known"][:3].all()
 
 
@@ -229,7 +229,7 @@ def envs():
 
 def test_rollout_plays_every_seed_once_and_counts_right(envs):
     seeds = list(range(50, 57))
-    results = bc_pokemon.play(envs, bc_pokemon.ask_expert, seeds, 0, "expert")
+    results = bc_pokemon.play(envs, bc_pokemon.ask_expert, seeds, 0, "expert", ask=True)
     assert [result["seed"] for result in results] == seeds
     for result in results:
         start = int(np.random.default_rng(result["seed"]).integers(4))  # as Gymnasium seeds a world
@@ -238,12 +238,12 @@ def test_rollout_plays_every_seed_once_and_counts_right(envs):
 
 
 def test_rollout_shows_what_the_action_was_chosen_from(envs):
-    steps = list(bc_pokemon.rollout(envs, bc_pokemon.ask_expert, [1, 2, 3, 4], 0, "expert"))
+    steps = list(bc_pokemon.rollout(envs, bc_pokemon.ask_expert, [1, 2, 3, 4], 0, "expert", ask=True))
     for seed in (1, 2, 3, 4):
         own = [step for step in steps if step["seed"] == seed]
         assert [step["begun"] for step in own] == [True] + [False] * (len(own) - 1)
         for step, after in zip(own, own[1:], strict=False):
-            np.testing.assert_array_equal(step["next_obs"], after["obs"])
+            assert after["info"]["x"] - step["info"]["x"] in (0, 1)
             assert step["obs"][0, :, 0].argmax() // 4 == step["info"]["x"]
             assert step["action"] == step["info"]["expert_action"]
 
@@ -280,23 +280,54 @@ def test_evaluate_beside_its_baselines():
     assert metrics["eval/balanced_accuracy"] == pytest.approx(1 / len(set(actions)))
 
 
-def test_dagger_collects_labels_of_states_the_student_chose(envs, tmp_path):
-    class Left:
-        def __call__(self, frames, infos, begun):
-            return np.ones(len(frames), int)
+@pytest.mark.parametrize("share, agree", [(0.0, 0.0), (1.0, 1.0)])
+def test_dagger_labels_states_of_whole_episodes(envs, tmp_path, share, agree):
+    def left(frames, infos, begun):
+        return np.ones(len(frames), int)
 
-    args = Args(obs_height=8, obs_width=16, expert="good", dagger_patience=6)
-    episodes = bc_pokemon.label_by_expert(envs, Left(), 0.0, 25, iter(range(100)), args)
-    labels = np.concatenate([episode["action"] for episode in episodes])
-    taken = np.concatenate([episode["taken"] for episode in episodes])
-    assert len(labels) == 25 and (taken == 1).all() and (labels == 2).sum() > 15 and not (labels == 1).any()
+    args = Args(obs_height=8, obs_width=16, dagger_patience=6, dagger_steps=15)
+    episodes = bc_pokemon.label_by_expert(envs, left, share, list(range(20, 25)), args)
+    said, taken = (np.concatenate([e[name] for e in episodes]) for name in ("action", "taken"))
+    assert len(episodes) == 5 and np.mean(said == taken) == agree
+    assert all(e["stage"].max() == (2 if share else 1) for e in episodes)  # up to the last step before the end
     bc_pokemon.save_round(tmp_path / "dagger_round_1.npz", episodes)
     demos = Demonstrations(0.9, 3)
     rows = bc_pokemon.add_round(demos, tmp_path / "dagger_round_1.npz")
-    np.testing.assert_array_equal(demos.rows["action"][rows], labels)
-    assert demos.gather(rows, 1).shape == (25, 3, 8, 16)
-    all_expert = bc_pokemon.label_by_expert(envs, Left(), 1.0, 25, iter(range(100)), args)
-    assert all((episode["action"] == episode["taken"]).all() for episode in all_expert)
+    labelled = np.concatenate([e["labelled"] for e in episodes])
+    assert len(rows) == labelled.sum() == 15 and demos.n_rows == len(said) + 5
+    np.testing.assert_array_equal(demos.rows["action"][rows], said[labelled])
+    assert demos.gather(rows, 1).shape == (15, 3, 8, 16)
+    assert len({int(np.searchsorted(demos.starts, row, "right")) for row in rows}) > 2  # of many episodes
+
+
+def test_dagger_stops_where_the_expert_fails(envs):
+    def fails(frames, infos, begun):
+        return np.ones(len(frames), int)
+
+    from pokemon_env.wrappers import make_env
+
+    def make():
+        return make_env("tests.pixel_world:Corridor-v0", expert="tests/pixel_world.py:raises")
+
+    disabled = gym.vector.AutoresetMode.DISABLED
+    bad = gym.vector.AsyncVectorEnv([make] * 2, context="fork", autoreset_mode=disabled)
+    with pytest.raises(ValueError, match="the expert failed: RuntimeError: no idea"):
+        bc_pokemon.label_by_expert(bad, fails, 1.0, list(range(6)), Args(dagger_steps=5))
+    bad.close()
+
+
+def test_the_expert_is_asked_only_where_it_is_needed(envs):
+    steps = list(bc_pokemon.rollout(envs, lambda f, i, b: np.ones(3, int), [1, 2], 5, "left"))
+    assert len(steps) == 10 and all(step["info"]["expert_action"] == -1 for step in steps)
+
+
+def test_action_statistics_count_seen_actions_only():
+    actions = np.array([0] * 8 + [2] * 2)
+    known, weights = bc_pokemon.action_statistics(actions, 4, "inverse")
+    assert known.tolist() == [True, False, True, False]
+    assert weights.tolist() == pytest.approx([0.5 / 0.8, 0, 0.5 / 0.2, 0])
+    for weighting in ("none", "sqrt", "inverse"):
+        assert bc_pokemon.action_statistics(actions, 4, weighting)[1][actions].mean() == pytest.approx(1)
 
 
 def test_export_agrees_with_torch(tmp_path):
@@ -321,27 +352,28 @@ def test_cache_holds_the_resized_episode(tmp_path, compress, monkeypatch):
     args = Args(expert_data_dir=str(tmp_path), obs_height=10, obs_width=12)
     monkeypatch.setattr(bc_pokemon, "CHUNK_BYTES", 3 * 20 * 30 * 3)  # three frames at a time
     episode = read_episode(tmp_path / "episode_0001.npz")
-    frames = bc_pokemon.cached_frames(episode, args)
+    cache = bc_pokemon.cache_frames(episode, args)
+    frames = bc_pokemon.open_frames(cache)
     expected = bc_pokemon.preprocess(torch.from_numpy(arrays["observations"]), 10, 12).numpy()
     np.testing.assert_array_equal(frames[:7], expected)
     assert (frames[7] == 9).all() and isinstance(frames, np.memmap)
     made = os.stat(next((tmp_path / ".cache").iterdir())).st_mtime_ns
-    bc_pokemon.cached_frames(episode, args)
+    bc_pokemon.cache_frames(episode, args)
     assert [path.stat().st_mtime_ns for path in (tmp_path / ".cache").iterdir()] == [made]  # used again
     write_episode(tmp_path / "episode_0001.npz", seed=1)
-    bc_pokemon.cached_frames(read_episode(tmp_path / "episode_0001.npz"), args)
+    bc_pokemon.cache_frames(read_episode(tmp_path / "episode_0001.npz"), args)
     assert len(list((tmp_path / ".cache").iterdir())) == 2  # other content, another cache
 
 
 def test_a_full_disk_leaves_no_half_cache(tmp_path, monkeypatch):
     write_episode(tmp_path / "episode_0001.npz")
 
-    def full(*_, **__):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(ValueError, match="No space left.*--cache-dir"):
-        bc_pokemon.cached_frames(read_episode(tmp_path / "episode_0001.npz"), Args(expert_data_dir=str(tmp_path)))
+        bc_pokemon.cache_frames(read_episode(tmp_path / "episode_0001.npz"), Args(expert_data_dir=str(tmp_path)))
     assert list((tmp_path / ".cache").iterdir()) == []
 
 
@@ -382,6 +414,9 @@ def damage(path, kind):
             },
             "rewards not finite": {"rewards": np.array([0, np.nan, 0, 0, 0], np.float32)},
             "infos no JSON": {"infos": np.array(["{"] * 5)},
+            "infos no objects": {"infos": np.array(["null"] * 5)},
+            "two episodes": {"dones": np.array([0, 1, 0, 0, 1], bool)},
+            "another ROM": {"rom_sha1": "beef"},
             "infos pickled": {"infos": np.array([{"bomb": Bomb()}] * 5, dtype=object)},
             "final of another size": {"final_observation": np.zeros((4, 4, 3), np.uint8)},
         }[kind]
@@ -405,6 +440,9 @@ DAMAGES = {
     "no step": r"observations are uint8 \(0, 20, 30, 3\)",
     "rewards not finite": "rewards are not finite at step 1",
     "infos no JSON": "infos are no JSON",
+    "infos no objects": "infos are not all JSON objects",
+    "two episodes": "done at step 1 of 5",
+    "another ROM": "rom_sha1 is 'beef', in episode_0001.npz ''",
     "infos pickled": "pickled Python objects.*--allow-pickle",
     "final of another size": "final_observation is uint8",
 }

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-import collect_expert_data as collector
-from collect_expert_data import Args, Writer, crc_of_both, main, recover, wilson
+from collect_expert_data import Args, main, wilson
+from pokemon_env import episode_writer
+from pokemon_env.episode_writer import Writer, crc_of_both, recover
 from pokemon_env.episodes import read_episodes
 
 ROOT = Path(__file__).parents[2]
@@ -269,11 +270,11 @@ def test_a_run_killed_while_joining_is_joined_again(tmp_path, monkeypatch):
         fill(writer, 7, 6)
         with monkeypatch.context() as patch:
             if fails_at == "rename":
-                patch.setattr(collector.os, "rename", lambda *_: 1 / 0)
+                patch.setattr(episode_writer.os, "rename", lambda *_: 1 / 0)
             elif fails_at == "truncate":
-                patch.setattr(collector.np.lib.format, "write_array", lambda *_, **__: 1 / 0)
+                patch.setattr(episode_writer.np.lib.format, "write_array", lambda *_, **__: 1 / 0)
             else:
-                patch.setattr(collector, "join", lambda *_: 1 / 0)
+                patch.setattr(episode_writer, "join", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 writer.close(ending, compress=False)
         (path,) = recover(tmp_path, False)
@@ -353,9 +354,9 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(tmp_path, monkeypatch, whe
             full = Full(Writer.observe, 30)
             patch.setattr(Writer, "observe", lambda *args: full(*args))
         elif where == "chunk":
-            patch.setattr(collector, "write_json", Full(collector.write_json, 11))
+            patch.setattr(episode_writer, "write_json", Full(episode_writer.write_json, 11))
         else:
-            patch.setattr(collector.np.lib.format, "write_array", Full(np.lib.format.write_array, 40))
+            patch.setattr(episode_writer.np.lib.format, "write_array", Full(np.lib.format.write_array, 40))
         with pytest.raises(SystemExit) as stopped:
             collect(tmp_path, episodes=9, compress=compress)
     assert "No space left on device" in str(stopped.value.code) and "Free some space" in str(stopped.value.code)
