@@ -252,10 +252,10 @@ def cache_frames(episode: dict, args: Args) -> Path:
                     n = min(chunk, T - first)
                     pixels = np.frombuffer(stream.read(n * H * W * 3), np.uint8).reshape(n, H, W, 3)
                     small = preprocess(torch.tensor(pixels), args.obs_height, args.obs_width)
-                    file.write(small.numpy())
+                    file.write(small.contiguous().numpy())
                 stream.read()  # to the end: checks the CRC
                 final = torch.tensor(episode.get("final_observation", pixels[-1]))
-                file.write(preprocess(final[None], args.obs_height, args.obs_width).numpy())
+                file.write(preprocess(final[None], args.obs_height, args.obs_width).contiguous().numpy())
             os.replace(temporary, cache)
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
