@@ -56,7 +56,7 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 
 demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about REPLACE_QUICK_MINUTES minutes
 	@echo "== 1 of 2: twenty episodes of the scripted expert"
-	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.2 --num-workers 2
+	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.4 --num-workers 2
 	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
 	.venv/bin/python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60
 

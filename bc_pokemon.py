@@ -5,7 +5,7 @@ the expert's actions. hybrid: plus n-step double Q-learning (van Hasselt et al. 
 expert labels what it meets (Ross et al. 2011). The network is IMPALA's residual CNN (Espeholt et al. 2018). Any
 Gymnasium environment with RGB frames and discrete actions works through --env-id. Page: docs/bc_pokemon.md
 
-    python collect_expert_data.py --episodes 20 --epsilon 0.2
+    python collect_expert_data.py --episodes 20 --epsilon 0.4
     python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60
 
 In: expert_data/. Out: runs/<task>__bc_pokemon__<seed>__<time>/ with eval.json, eval.png, TensorBoard events and the

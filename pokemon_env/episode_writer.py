@@ -1,8 +1,8 @@
 """Writes the episode files that `collect_expert_data.py` makes. They can be read by NumPy and pokemon_env/episodes.py.
 
 An episode grows in a folder, `episode_0007.part`: `episode.npz` has the head of a stored zip and then picture after
-picture, `chunk_0000.json` the rest of some steps, `facts.json` what holds for all. `join` fills in the head, appends the
-small arrays and renames: pictures are written once, memory stays flat, and what a killed process left can be joined too.
+picture, `chunk_0000.json` the rest of some steps, `facts.json` what holds for all. `join` fills in the head, appends
+the small arrays and renames: pictures are written once, memory stays flat, and what a kill left is joined too.
 """
 
 import errno

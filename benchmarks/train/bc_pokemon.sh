@@ -26,9 +26,9 @@ train() { # name, seed, data, seeds of the evaluation, updates, what is differen
 }
 export -f train
 
-echo "== 1 of 4: $EPISODES episodes of the expert, and as many in which every fifth step is random"
+echo "== 1 of 4: $EPISODES episodes of the expert, and as many with two random steps in five"
 started=$SECONDS
-$PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --epsilon 0.2 --expert-data-dir "$OUT/noisy" > "$OUT/noisy.log" 2>&1
+$PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --epsilon 0.4 --expert-data-dir "$OUT/noisy" > "$OUT/noisy.log" 2>&1
 echo "noisy: $((SECONDS - started)) s"
 $PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --expert-data-dir "$OUT/clean" > "$OUT/clean.log" 2>&1
 
@@ -37,12 +37,13 @@ train quick 1 noisy "$SEEDS" "$STEPS" --baseline-episodes "$SEEDS"
 
 echo "== 3 of 4: cloning and DAgger, the same number of labels and of updates"
 echo "== 4 of 4: cloning and the hybrid on the noisy episodes, three seeds"
+few="--no-eval-sampled --baseline-episodes 0"
 arms() {
-    echo "few_labels 1 clean $SEEDS $((STEPS * 3 / 4)) --baseline-episodes 0 --label-budget 3000"
-    echo "dagger 1 clean $SEEDS $((STEPS * 3 / 4)) --baseline-episodes 0 --label-budget 3000 --algorithm dagger --dagger-share decay --dagger-decay 0.7"
+    echo "dagger 1 clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget 3000 --algorithm dagger --dagger-share decay --dagger-decay 0.7"
+    echo "few_labels 1 clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget 3000"
     for seed in 1 2 3; do
-        echo "noisy_hybrid $seed noisy $((SEEDS / 2)) $((STEPS / 2)) --baseline-episodes 0 --algorithm hybrid"
-        echo "noisy_bc $seed noisy $((SEEDS / 2)) $((STEPS / 2)) --baseline-episodes 0"
+        echo "noisy_hybrid $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few --algorithm hybrid"
+        echo "noisy_bc $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few"
     done
 }
 export OMP_NUM_THREADS=1

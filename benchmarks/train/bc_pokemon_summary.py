@@ -33,7 +33,7 @@ def load_runs(folder: Path) -> dict[str, dict[int, dict]]:
     return arms
 
 
-def paired(arms: dict, one: str, other: str, player: str, value: str) -> dict:
+def paired(arms: dict, one: str, other: str, value: str) -> dict:
     """Mean difference over evaluation seeds, and its bootstrap interval of 95 %."""
     seeds = sorted(set(arms[one]) & set(arms[other]))
     for name in SAME:
@@ -42,7 +42,7 @@ def paired(arms: dict, one: str, other: str, player: str, value: str) -> dict:
             raise SystemExit(f"{one} and {other} differ in {name}: {first} and {second}")
 
     def results(arm: str) -> np.ndarray:  # (evaluation seeds,)
-        return np.mean([[float(e[value]) for e in arms[arm][seed]["episodes"][player]] for seed in seeds], axis=0)
+        return np.mean([[float(e[value]) for e in arms[arm][seed]["episodes"]["policy"]] for seed in seeds], axis=0)
 
     difference = results(one) - results(other)
     interval = difference.mean(), difference.mean()
@@ -63,22 +63,13 @@ def markdown(arms: dict, differences: dict) -> str:
         lines.append(
             f"| {name} | {cell(summary['success'])} | {cell(summary['return'])} | {summary['length'][0]:.0f} |"
         )
-    lines += [
-        "",
-        "| arm, seed | accuracy | argmax: success | return | sampled: success | return |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines += ["", "| arm, seed | accuracy | success, 95 % | return, 95 % |", "|---|---|---|---|"]
     for arm, runs in arms.items():
         for seed, run in sorted(runs.items()):
             cells = [f"{run['metrics'].get('eval/accuracy', float('nan')):.3f}"]
-            for player in ("policy", "policy, sampled"):
-                cells += [cell(run["summaries"][player][key]) for key in ("success", "return")]
+            cells += [cell(run["summaries"]["policy"][key]) for key in ("success", "return")]
             lines.append(f"| {arm}, {seed} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| paired difference | argmax: success | return | sampled: success | return |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["", "| paired difference | success, 95 % | return, 95 % |", "|---|---|---|"]
     for name, row in differences.items():
         cells = [f"{d['mean']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})" for d in row.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -109,11 +100,7 @@ def plot(arms: dict, path: Path):
 def main(folder: Path, results: Path, picture: Path):
     arms = load_runs(folder)
     differences = {
-        name: {
-            f"{player}: {value}": paired(arms, *pair, player, value)
-            for player in ("policy", "policy, sampled")
-            for value in ("success", "return")
-        }
+        name: {value: paired(arms, *pair, value) for value in ("success", "return")}
         for name, pair in DIFFERENCES.items()
         if all(arm in arms for arm in pair)
     }
