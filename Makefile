@@ -54,7 +54,7 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
 	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
 
-demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about REPLACE_QUICK_MINUTES minutes
+demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about a quarter of an hour
 	@echo "== 1 of 2: twenty episodes of the scripted expert"
 	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.4 --num-workers 2
 	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
