@@ -106,7 +106,9 @@ def main(folder: Path, results: Path, picture: Path):
     }
     quick = next(iter(arms["quick"].values()))
     facts = {name: quick["provenance"][name] for name in ("commit", "dirty", "torch", "cpu_capability", "threads")}
-    facts |= {"command": "benchmarks/train/bc_pokemon.sh", "args": quick["args"]}
+    places = ("expert_data_dir", "run_root", "model_dir", "cache_dir")
+    settings = {name: value for name, value in quick["args"].items() if name not in places}
+    facts |= {"command": "benchmarks/train/bc_pokemon.sh", "args": settings}
     facts["runs"] = {
         f"{arm}, {seed}": {"metrics": run["metrics"], "summaries": run["summaries"]}
         for arm, runs in arms.items()
