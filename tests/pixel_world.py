@@ -1,5 +1,5 @@
 """A world of pixels that needs no emulator: a walker in a corridor with a door that A opens. `gym.make` finds it as
-`tests.pixel_world:Corridor-v0`, experts are `tests/pixel_world.py:good` and the like."""
+`tests.pixel_world:PixelWorld-v0`, experts are `tests/pixel_world.py:good` and the like."""
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +8,7 @@ A, LEFT, RIGHT = 0, 1, 2
 LENGTH, DOOR = 8, 4
 
 
-class Corridor(gym.Env):
+class PixelWorld(gym.Env):
     """Observation uint8 (16, 32, 3): the walker's column in red, the closed door in green. Reward 1 per milestone:
     START at once, DOOR_OPEN, END. The seed picks the first cell."""
 
@@ -73,5 +73,5 @@ def raises():
     return Raises()
 
 
-if "Corridor-v0" not in gym.registry:  # an expert is loaded by path, as another module
-    gym.register("Corridor-v0", "tests.pixel_world:Corridor")
+if "PixelWorld-v0" not in gym.registry:  # an expert is loaded by path, as another module
+    gym.register("PixelWorld-v0", "tests.pixel_world:PixelWorld")

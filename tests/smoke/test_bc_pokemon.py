@@ -18,7 +18,7 @@ from common.runs import load_checkpoint
 from pokemon_env.wrappers import make_env
 
 ROOT = Path(__file__).parents[2]
-WORLD, GOOD = "tests.pixel_world:Corridor-v0", "tests/pixel_world.py:good"
+WORLD, GOOD = "tests.pixel_world:PixelWorld-v0", "tests/pixel_world.py:good"
 SMALL = {
     "env_id": WORLD,
     "expert": GOOD,

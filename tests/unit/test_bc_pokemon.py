@@ -219,7 +219,7 @@ def envs():
     from pokemon_env.wrappers import make_env
 
     def make():
-        return make_env("tests.pixel_world:Corridor-v0", expert="tests/pixel_world.py:good")
+        return make_env("tests.pixel_world:PixelWorld-v0", expert="tests/pixel_world.py:good")
 
     disabled = gym.vector.AutoresetMode.DISABLED
     envs = gym.vector.AsyncVectorEnv([make] * 3, context="fork", autoreset_mode=disabled)  # spawn would be slow
@@ -307,7 +307,7 @@ def test_dagger_stops_where_the_expert_fails(envs):
     from pokemon_env.wrappers import make_env
 
     def make():
-        return make_env("tests.pixel_world:Corridor-v0", expert="tests/pixel_world.py:raises")
+        return make_env("tests.pixel_world:PixelWorld-v0", expert="tests/pixel_world.py:raises")
 
     disabled = gym.vector.AutoresetMode.DISABLED
     bad = gym.vector.AsyncVectorEnv([make] * 2, context="fork", autoreset_mode=disabled)
