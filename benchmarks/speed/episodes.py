@@ -53,14 +53,14 @@ def main(args: Args):
         settings = bc_pokemon.Args(expert_data_dir=str(folder), cache_dir=f"{temporary}/cache")
         episodes, _ = read_episodes(folder)
         begin = cpu_seconds()
-        caches = [bc_pokemon.cached_frames(episode, settings) for episode in episodes]
+        caches = [bc_pokemon.cache_frames(episode, settings) for episode in episodes]
         cache_seconds = cpu_seconds() - begin
         demos = bc_pokemon.Demonstrations(0.99, 5)
         rows = []
         for episode, frames in zip(episodes, caches, strict=True):
-            T = len(frames) - 1
+            T = len(episode["actions"])
             facts = episode["actions"], episode["actions"], episode["rewards"], True, True
-            rows.append(demos.add(frames, *facts, np.zeros((T, 0), np.float32), np.zeros(T)))
+            rows.append(demos.add(frames, *facts, np.zeros((T + 1, 0), np.float32), np.zeros(T + 1)))
         rows = np.concatenate(rows)
         observations = np.concatenate([np.load(episode["path"])["observations"] for episode in episodes])
         actions = np.concatenate([episode["actions"] for episode in episodes])
