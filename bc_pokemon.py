@@ -19,9 +19,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -31,15 +30,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
-from scipy.stats import binomtest, bootstrap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import runs
-from common.video import VideoWriter, draw_keys, resize
+from common.video import resize
 from pokemon_env.episodes import MEND, open_observations, read_episodes
-from pokemon_env.wrappers import make_env
+from pokemon_env.evaluation import (
+    Act,
+    Film,
+    ask_expert,
+    in_words,
+    make_envs,
+    n_milestones,
+    play,
+    plot_evaluation,
+    report,
+    rollout,
+    summarise,
+)
 
 
 @dataclass
@@ -128,10 +137,10 @@ class Args:
     """whom dagger asks and who plays beside the policy in the evaluation, as in collect_expert_data.py; None: nobody"""
     dagger_rounds: int = 5
     """dagger: how often the student plays, at equal distances between a quarter and three quarters of the updates"""
-    dagger_episodes: int = 8
+    dagger_episodes: int = 16
     """dagger: episodes it plays each time"""
-    dagger_steps: int = 250
-    """dagger: states of them, drawn at random, that the expert labels"""
+    dagger_steps: int = 0
+    """dagger: pictures of them, drawn at random, each once, that the expert labels; 0 means all"""
     dagger_share: Literal["return", "decay"] = "return"
     """dagger: share of the steps that the expert plays: 1 - student's return / expert's, or `dagger_decay` ^ round"""
     dagger_decay: float = 0.5
@@ -345,17 +354,15 @@ def n_step_transitions(rewards: np.ndarray, terminated: bool, known_end: bool, n
 
 
 def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
-    """The episodes of --expert-data-dir that --top-fraction picks, and the names of the actions."""
-    episodes, names = read_episodes(Path(args.expert_data_dir), args.allow_pickle)
-    if args.top_fraction < 1:
-        episodes = sorted(episodes, key=lambda episode: -episode["rewards"].sum())
-        episodes = episodes[: max(1, round(args.top_fraction * len(episodes)))]
-    for episode in episodes:
-        last = json.loads(str(episode.get("final_info", "null"))) or episode["infos"][-1]
-        infos = [*episode.pop("infos"), last]
+    """The episodes of --expert-data-dir that --top-fraction picks, and the names of the actions. Instead of infos they
+    have `features` (T + 1, D) and `stage` (T + 1,), how many milestones were reached."""
+
+    def digest(episode: dict):
+        infos = episode.pop("infos")
+        infos.append(json.loads(str(episode.get("final_info", "null"))) or infos[-1])
         try:
-            episode["features"] = np.array([state_features(info, args.state_inputs) for info in infos])  # (T + 1, D)
-            episode["stage"] = np.array([n_milestones(info) for info in infos])  # (T + 1,)
+            episode["features"] = np.array([state_features(info, args.state_inputs) for info in infos])
+            episode["stage"] = np.array([n_milestones(info) for info in infos])
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{episode['path']}: its infos lack what --state-inputs {args.state_inputs} reads ({error!r}). Use none"
@@ -365,7 +372,44 @@ def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
             raise ValueError(
                 f"{episode['path']} was played with seed {seed}, which evaluates. Choose another --eval-seed"
             )
+
+    episodes, names = read_episodes(Path(args.expert_data_dir), args.allow_pickle, digest)
+    if args.top_fraction < 1:
+        episodes = sorted(episodes, key=lambda episode: -episode["rewards"].sum())
+        episodes = episodes[: max(1, round(args.top_fraction * len(episodes)))]
     return episodes, names
+
+
+def lay_out(episodes: list[dict], frames: list[Path], heldout: list[int], args: Args) -> tuple:
+    """(all episodes as rows, the rows to train on (N,), those held out (M,), {first row: actions played} of episodes to
+    train on). Raises ValueError where --label-budget does not fit."""
+    demos, train_rows, val_rows, played = Demonstrations(args.gamma, args.n_step), [], [np.empty(0, int)], {}
+    for e, (episode, pixels) in enumerate(zip(episodes, frames, strict=True)):
+        rows = demos.add(
+            pixels,
+            episode["actions"],
+            episode["taken_actions"],
+            episode["rewards"],
+            terminated=bool(episode["dones"][-1]) and not bool(episode.get("truncated", False)),
+            known_end="final_observation" in episode,
+            features=episode["features"],
+            stage=episode["stage"],
+        )
+        if e in heldout:
+            val_rows.append(rows)
+        else:
+            train_rows.append(rows)
+            played[int(rows[0])] = episode["taken_actions"]
+    train_rows, val_rows = np.concatenate(train_rows), np.concatenate(val_rows)
+    if args.label_budget:
+        asked_for = args.dagger_rounds * args.dagger_steps if args.algorithm == "dagger" else 0
+        if not asked_for < args.label_budget <= len(train_rows) + asked_for:
+            raise ValueError(
+                f"--label-budget {args.label_budget}: expected more than the {asked_for} of dagger's rounds, at most "
+                f"{asked_for + len(train_rows)}, those and the {len(train_rows)} of {args.expert_data_dir}"
+            )
+        train_rows = train_rows[: args.label_budget - asked_for]
+    return demos, train_rows, val_rows, played
 
 
 def split_episodes(n: int, fraction: float, seed: int) -> list[int]:
@@ -459,6 +503,21 @@ def td_target(return_n, discount, next_q, next_q_target, known):
     return return_n + discount * next_q_target.gather(1, best).squeeze(1)
 
 
+def td_batch(network, target_network, demos: "Demonstrations", rows, known, args: Args, device):
+    """Of the rows (B,): their targets, the actions played, and whether the target is known. (B,) each"""
+    return_n, taken, next_row, discount, td_known = demos.batch(
+        rows, device, "return_n", "taken", "next_row", "discount", "td_known"
+    )
+    next_rows = next_row.cpu().numpy()
+    pixels, features = (
+        demos.gather(next_rows, args.frame_stack).to(device),
+        demos.batch(next_rows, device, "features")[0],
+    )
+    with torch.no_grad():
+        next_q, next_q_target = network(pixels, features), target_network(pixels, features)  # (B, A)
+    return td_target(return_n.nan_to_num(), discount, next_q, next_q_target, known), taken.long(), td_known.float()
+
+
 def td_loss(q, taken, target, known_target, importance):
     """Huber loss of the played action's Q-value, over the rows whose target is known. (B, A), then (B,) -> scalar"""
     error = F.smooth_l1_loss(q.gather(1, taken[:, None]).squeeze(1), target, reduction="none")
@@ -473,9 +532,6 @@ def drop_older_frames(pixels, chance: float):
 
 
 # evaluation -----------------------------------------------------------------------------------------------------------
-Act = Callable[[np.ndarray, list[dict], np.ndarray], np.ndarray]
-
-
 class Policy:
     """The network as a player of E environments side by side. `decode`: argmax, or sample from the softmax, in which
     actions that the data never show have no chance."""
@@ -517,105 +573,6 @@ class Policy:
         return (p > self.rng.random((len(p), 1)) * p[:, -1:]).argmax(1)
 
 
-def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """Environments in processes of their own: an emulator allows one per process."""
-    make = partial(make_env, args.env_id, args.rom_path, args.core, args.init_state, args.max_steps, args.expert)
-    return gym.vector.AsyncVectorEnv(
-        [make] * args.num_envs, context="spawn", autoreset_mode=gym.vector.AutoresetMode.DISABLED
-    )
-
-
-def rollout(envs, act: Act, seeds: list[int], patience: int, desc: str, ask: bool = False) -> Iterator[dict]:
-    """Play one episode per seed, side by side. Yields every single step of every environment: `seed`, the `obs` and
-    `info` that the action was chosen from, `action`, `begun`, and at an episode's end `result`. With `ask` an info has
-    the expert's advice as `expert_action`, -1 for none, and as `expert_error` why there is none."""
-    E, waiting = envs.num_envs, list(seeds)
-    seed_of = [waiting.pop(0) if waiting else None for _ in range(E)]  # None: nothing left to play
-    to_reset = np.ones(E, bool)  # at first all of them: what was never reset has no picture
-    obs, infos = np.zeros(envs.observation_space.shape, np.uint8), [{}] * E  # {}: nothing is played there
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the cores are the emulators'
-    total, length, n_reached, reached_at = np.zeros(E), np.zeros(E, int), np.zeros(E, int), np.zeros(E, int)
-
-    def unpack(received: dict, e: int) -> dict:
-        packed = {name: received[name][e] for name in ("expert_action", "expert_error", "success")}
-        return json.loads(received["json"][e]) | packed
-
-    progress = tqdm(total=len(seeds), desc=desc, unit="episode", leave=False)
-    try:
-        while any(seed is not None for seed in seed_of):
-            begun = to_reset
-            if begun.any():
-                options = {"reset_mask": begun, "ask": ask}
-                obs, received = envs.reset(seed=[seed or 0 for seed in seed_of], options=options)
-                for e in np.flatnonzero(begun):
-                    infos[e] = unpack(received, e) if seed_of[e] is not None else {}
-                    total[e], length[e], n_reached[e], reached_at[e] = 0, 0, n_milestones(infos[e]), 0
-            to_reset, playing = np.zeros(E, bool), [e for e in range(E) if seed_of[e] is not None]
-            actions = act(obs, infos, begun)
-            before, infos_before = obs, list(infos)
-            obs, rewards, terminated, truncated, received = envs.step(actions)
-            for e in playing:
-                infos[e] = unpack(received, e)
-                total[e], length[e] = total[e] + rewards[e], length[e] + 1
-                if n_milestones(infos[e]) > n_reached[e]:
-                    n_reached[e], reached_at[e] = n_milestones(infos[e]), length[e]
-                stuck = patience and n_reached[e] and length[e] - reached_at[e] >= patience
-                step = {"seed": seed_of[e], "begun": bool(begun[e]), "obs": before[e], "info": infos_before[e]}
-                step["action"] = int(actions[e])
-                if terminated[e] or truncated[e] or stuck:
-                    step["result"] = {
-                        "seed": seed_of[e],
-                        "return": float(total[e]),
-                        "length": int(length[e]),
-                        "success": bool(infos[e]["success"]),
-                        "milestones": infos[e].get("milestones", {}).get("completed", []),
-                    }
-                    seed_of[e] = waiting.pop(0) if waiting else None
-                    to_reset[e] = seed_of[e] is not None
-                    infos[e] = {}
-                    progress.update()
-                yield step
-    finally:
-        progress.close()
-        torch.set_num_threads(threads)
-
-
-def n_milestones(info: dict) -> int:
-    return len(info.get("milestones", {}).get("completed", ()))
-
-
-def play(envs, act: Act, seeds: list[int], patience: int, desc: str, film=None, ask=False) -> list[dict]:
-    """The results of one episode per seed, in the order of the seeds. `film(step)` sees those of the first one."""
-    results = {}
-    for step in rollout(envs, act, seeds, patience, desc, ask):
-        if film and step["seed"] == seeds[0]:
-            film(step)
-        if "result" in step:
-            results[step["seed"]] = step["result"]
-    return [results[seed] for seed in seeds]
-
-
-def summarise(results: list[dict]) -> dict:
-    """Means with 95 % intervals: bootstrap for the return and the length, Wilson's for rates."""
-    summary = {"episodes": len(results)}
-    for name in ("return", "length"):
-        values = np.array([result[name] for result in results], float)
-        interval = (values.mean(), values.mean())
-        if len(values) > 1 and np.ptp(values) > 0:
-            interval = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-        summary[name] = [float(values.mean()), float(interval[0]), float(interval[1])]
-
-    def rate(hits: int) -> list[float]:
-        interval = binomtest(hits, len(results)).proportion_ci(method="wilson")
-        return [hits / len(results), interval.low, interval.high]
-
-    summary["success"] = rate(sum(result["success"] for result in results))
-    reached = list(dict.fromkeys(name for result in results for name in result["milestones"]))
-    summary["milestones"] = {name: rate(sum(name in r["milestones"] for r in results)) for name in reached}
-    return summary
-
-
 def baselines(envs, demos: Demonstrations, episodes: dict[int, np.ndarray], args: Args) -> dict[str, Act]:
     """Players that a policy has to beat. `episodes`: first row -> actions played, of the training episodes."""
     A = envs.single_action_space.n
@@ -645,13 +602,6 @@ def baselines(envs, demos: Demonstrations, episodes: dict[int, np.ndarray], args
         "replay": replay,
     }
     return players if args.expert else {name: player for name, player in players.items() if name != "expert"}
-
-
-def ask_expert(frames, infos, begun) -> np.ndarray:
-    for info in infos:
-        if info and info["expert_error"]:
-            raise ValueError(f"the expert failed: {info['expert_error']}. Name another with --expert, or --expert None")
-    return np.array([info["expert_action"] if info else 0 for info in infos])
 
 
 @torch.no_grad()
@@ -684,74 +634,55 @@ def evaluate(network, demos: Demonstrations, rows: np.ndarray, class_weights, ar
     return {name: float(metric) for name, metric in metrics.items()}
 
 
-COMPARED = ("policy", "policy, sampled", "expert", "random", "majority", "repeat_previous", "replay")
+def episode_metrics(summary: dict, suffix: str = "") -> dict[str, float]:
+    keys = {"return": "eval/episodic_return", "length": "eval/episodic_length", "success": "eval/success_rate"}
+    return {name + suffix: summary[key][0] for key, name in keys.items() if key in summary}
 
 
-def report(summaries: dict[str, dict]):
-    """The final evaluation, for the terminal: who plays how well, and how far they get."""
-    print(f"\n{'':<18}{'episodes':>9}{'success, 95 %':>22}{'return, 95 %':>26}{'length':>8}")
-    for name, summary in summaries.items():
-        success, low, high = summary["success"]
-        mean, least, most = summary["return"]
-        cells = f"{success:.2f} ({low:.2f} to {high:.2f})", f"{mean:.2f} ({least:.2f} to {most:.2f})"
-        print(f"{name:<18}{summary['episodes']:>9}{cells[0]:>22}{cells[1]:>26}{summary['length'][0]:>8.0f}")
-    reached = list(dict.fromkeys(m for summary in summaries.values() for m in summary["milestones"]))
-    if reached:
-        print(f"\n{'milestone reached':<28}" + "".join(f"{name:>17}" for name in summaries))
-    for milestone in reached:
-        rates = [summary["milestones"].get(milestone, [0.0])[0] for summary in summaries.values()]
-        print(f"{milestone:<28}" + "".join(f"{rate:>17.2f}" for rate in rates))
-
-
-def plot_evaluation(path: Path, summaries: dict[str, dict]):
-    """eval.png: success and return with intervals, and the share of episodes that reach each milestone."""
-    names = list(summaries)
-    reached = list(dict.fromkeys(m for summary in summaries.values() for m in summary["milestones"]))
-    figure = Figure(figsize=(14, 4.8), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=[1, 1, 2])
-    for axis, key in zip(axes, ("success", "return"), strict=False):
-        mean, low, high = np.array([summaries[name][key] for name in names]).T
-        axis.barh(names, mean, xerr=[mean - low, high - mean], capsize=3)
-        axis.invert_yaxis()
-        axis.set(title=f"{key}, 95 %", xlim=(0, 1.02) if key == "success" else None)
-    for name in names:
-        rates = [summaries[name]["milestones"].get(milestone, [0.0])[0] for milestone in reached]
-        axes[2].plot(range(len(reached)), rates, marker="o", markersize=3, label=name)
-    axes[2].set(title="share of episodes that reach a milestone", ylim=(-0.02, 1.02))
-    axes[2].set_xticks(range(len(reached)), [m.replace("_", " ").lower() for m in reached], rotation=60, ha="right")
-    axes[2].tick_params(axis="x", labelsize=7)
-    axes[2].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-class Film:
-    """eval.mp4: what the policy sees, at twice the size, with its action and the expert's."""
-
-    def __init__(self, path: Path, names: list[str]):
-        self.path, self.names, self.video = path, names, None
-
-    def __call__(self, step: dict):
-        buttons = np.arange(len(self.names))
-        rows = {"policy": buttons == step["action"]}
-        if step["info"]["expert_action"] >= 0:
-            rows["expert"] = buttons == step["info"]["expert_action"]
-        milestones = step["info"].get("milestones", {})
-        note = f"seed {step['seed']}  next {milestones['next']}" if milestones else f"seed {step['seed']}"
-        drawn = draw_keys(step["obs"].repeat(2, 0).repeat(2, 1), self.names, rows, note)
-        self.video = self.video or VideoWriter(self.path, 4, drawn.shape[1], drawn.shape[0], crf=23)
-        self.video.add(drawn)
-        if "result" in step:
-            self.video.close()
+def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, run_dir: Path, names, args) -> dict:
+    """Let everyone play; returns the summaries and adds the policy's figures to `metrics`. eval.json and eval.png are
+    written anew after each player."""
+    results, summaries = {}, {}
+    for name, act in players.items():
+        some = seeds[: args.final_eval_episodes if name.startswith("policy") else args.baseline_episodes]
+        film = Film(run_dir / "eval.mp4", names) if args.capture_video and name == "policy" else None
+        ask = name == "expert" or (film is not None and args.expert is not None)
+        try:
+            results[name] = play(envs, act, some, args.eval_patience, name, film, ask)
+        except ValueError as error:  # the expert's; the others are worth their time
+            tqdm.write(f"{name} is left out: {error}")
+            continue
+        summaries[name] = summarise(results[name])
+        if name.startswith("policy"):
+            metrics |= episode_metrics(summaries[name], "_sampled" if name == "policy, sampled" else "")
+        runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": summaries, "episodes": results})
+        plot_evaluation(run_dir / "eval.png", summaries)
+        key = "success" if "success" in summaries[name] else "return"
+        tqdm.write(f"{name}: {key} {in_words(summaries[name][key])} in {len(some)} episodes")
+    return summaries
 
 
 # DAgger ---------------------------------------------------------------------------------------------------------------
 DAGGER_COLUMNS = ("frames", "action", "taken", "features", "stage", "labelled")
 
 
+def play_round(envs, policy, number: int, expert_return: float, args: Args) -> tuple[list[dict], float]:
+    """The episodes of a round with the expert's labels, and the share of the steps that the expert played."""
+    rng = np.random.default_rng((args.seed, number))
+    seeds = rng.integers(2**30, 2**31, args.eval_episodes + args.dagger_episodes).tolist()
+    share = args.dagger_decay**number
+    if args.dagger_share == "return":
+        results = play(envs, policy("argmax"), seeds[: args.eval_episodes], args.eval_patience, "student")
+        student_return = np.mean([result["return"] for result in results])
+        share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
+        tqdm.write(f"student's return {student_return:.2f}, expert's {expert_return:.2f}")
+    return label_by_expert(envs, policy("sample"), share, seeds[args.eval_episodes :], args), share
+
+
 def label_by_expert(envs, student: Policy, share: float, seeds: list[int], args: Args) -> list[dict]:
     """Whole episodes, one per seed, in which the expert plays `share` of the steps and the student the others. Of all
-    their states `args.dagger_steps`, drawn at random, are `labelled`: the others only lie in between. Raises ValueError
-    where the expert fails."""
+    their different pictures `args.dagger_steps`, drawn at random, are `labelled`, so that a student who stands before a
+    wall for a minute does not use up the labels. Raises ValueError where the expert fails."""
     rng = np.random.default_rng((args.seed, seeds[0]))
 
     def mixture(frames, infos, begun):
@@ -766,12 +697,15 @@ def label_by_expert(envs, student: Policy, share: float, seeds: list[int], args:
         values = frame, step["info"]["expert_action"], step["action"], features, stage, False
         for name, value in zip(DAGGER_COLUMNS, values, strict=True):
             episodes[step["seed"]][name].append(value)
-    episodes = [{name: np.array(values) for name, values in episode.items()} for episode in episodes.values()]
-    ends = np.cumsum([len(episode["action"]) for episode in episodes])
-    labelled = np.arange(ends[-1])[:, None] == np.sort(rng.permutation(ends[-1])[: args.dagger_steps])
-    for episode, part in zip(episodes, np.split(labelled.any(1), ends[:-1]), strict=True):
-        episode["labelled"] = part
-    return episodes
+    different = {}  # picture: where it came first
+    for seed, episode in episodes.items():
+        for t, frame in enumerate(episode["frames"]):
+            different.setdefault(frame.tobytes(), (seed, t))
+    places = list(different.values())
+    for i in rng.permutation(len(places))[: args.dagger_steps or None]:
+        seed, t = places[i]
+        episodes[seed]["labelled"][t] = True
+    return [{name: np.array(values) for name, values in episode.items()} for episode in episodes.values()]
 
 
 def save_round(path: Path, episodes: list[dict]):
@@ -877,7 +811,8 @@ def check_args(args: Args):
         "num_envs": (1, np.inf),
         "dagger_rounds": (1, np.inf),
         "dagger_episodes": (1, np.inf),
-        "dagger_steps": (1, np.inf),
+        "dagger_steps": (0, np.inf),
+        "dagger_decay": (0, 1),
         "eval_episodes": (1, np.inf),
     }
     for name, (low, high) in limits.items():
@@ -890,6 +825,16 @@ def check_args(args: Args):
         raise ValueError(f"--algorithm dagger needs an expert that answers at once, --expert is {args.expert}")
     if args.algorithm == "dagger" and args.total_training_steps < 4 * args.dagger_rounds:
         raise ValueError(f"--total-training-steps {args.total_training_steps} leave no room for the rounds of dagger")
+    if args.algorithm == "dagger" and args.label_budget and not args.dagger_steps:
+        raise ValueError(f"--label-budget {args.label_budget} needs --dagger-steps, the labels of each round")
+    of_hybrid = ("bc_weight", "gamma", "n_step", "target_frequency", "prioritized")
+    for field in fields(args):
+        wanted = "hybrid" if field.name in of_hybrid else field.name.partition("_")[0]
+        is_set = getattr(args, field.name) != field.default
+        if is_set and wanted in ("hybrid", "dagger") and wanted != args.algorithm:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is for --algorithm {wanted}, which is {args.algorithm}. Leave it out"
+            )
     if args.export_onnx and not args.export_onnx.endswith(".onnx"):
         raise ValueError(f"--export-onnx {args.export_onnx}: expected a name that ends in .onnx")
 
@@ -907,8 +852,31 @@ def seconds_per_update(network, sizes: dict, args: Args, device) -> float:
     return time.time() - started
 
 
+def open_envs(episode: dict, n_actions: int, args: Args) -> gym.vector.VectorEnv:
+    """Where the policy will play. Raises ValueError where that is not what `episode` was played in, or where the expert
+    does not answer: now, not after hours of training."""
+    envs = make_envs(args.num_envs, args.env_id, args.rom_path, args.core, args.init_state, args.max_steps, args.expert)
+    shape, n = envs.single_observation_space.shape, envs.single_action_space.n
+    if n != n_actions or shape != episode["shape"][1:]:
+        raise ValueError(
+            f"{args.expert_data_dir} holds frames {episode['shape'][1:]} and {n_actions} actions, the environment has "
+            f"{shape} and {n}. Name the one they come from: --env-id, --rom-path"
+        )
+    rom, played_on = envs.get_attr("rom_sha1")[0], str(episode.get("rom_sha1", ""))
+    if rom and played_on and rom != played_on:
+        raise ValueError(
+            f"{args.expert_data_dir} was played on a ROM with SHA-1 {played_on}, the environment has {rom}. Name the "
+            "same one with --rom-path"
+        )
+    if args.expert and args.expert != "keyboard":
+        error = envs.reset(seed=args.seed, options={"ask": True})[1]["expert_error"][0]
+        if error:
+            raise ValueError(f"the expert fails: {error}. Name another with --expert, or --expert None")
+    return envs
+
+
 def main(args: Args) -> dict:
-    checkpoint = None
+    checkpoint, envs = None, None
     try:
         if args.resume:
             may_change = ("num_envs", "device", "overwrite", "final_eval_episodes", "baseline_episodes")
@@ -922,59 +890,13 @@ def main(args: Args) -> dict:
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
         frames = [cache_frames(episode, args) for episode in tqdm(episodes, desc="frames", leave=False)]
-        envs = None
+        heldout = split_episodes(len(episodes), args.val_fraction, args.seed)
+        demos, train_rows, val_rows, played = lay_out(episodes, frames, heldout, args)
         if args.final_eval_episodes or args.algorithm == "dagger":
-            envs = make_envs(args)
-            space = envs.single_action_space, envs.single_observation_space.shape
-            if space[0].n != len(names) or space[1] != episodes[0]["shape"][1:]:
-                raise ValueError(
-                    f"{args.expert_data_dir} holds frames {episodes[0]['shape'][1:]} and {len(names)} actions, the "
-                    f"environment has {space[1]} and {space[0].n}. Name the one they come from: --env-id, --rom-path"
-                )
-            rom, played_on = envs.get_attr("rom_sha1")[0], str(episodes[0].get("rom_sha1", ""))
-            if rom and played_on and rom != played_on:
-                raise ValueError(
-                    f"{args.expert_data_dir} was played on a ROM with SHA-1 {played_on}, the environment has {rom}. "
-                    "Name the same one with --rom-path"
-                )
-            if args.expert and args.expert != "keyboard":  # now, not after hours of training
-                error = envs.reset(seed=args.seed, options={"ask": True})[1]["expert_error"][0]
-                if error:
-                    raise ValueError(f"the expert fails: {error}. Name another with --expert, or --expert None")
+            envs = open_envs(episodes[0], len(names), args)
     except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(str(error)) from None
-
-    # rows of the training and of the held-out episodes
-    A, demos, train_rows, val_rows, played = len(names), Demonstrations(args.gamma, args.n_step), [], [], {}
-    heldout = split_episodes(len(episodes), args.val_fraction, args.seed)
-    for e, (episode, pixels) in enumerate(zip(episodes, frames, strict=True)):
-        terminated = bool(episode["dones"][-1]) and not bool(episode.get("truncated", False))
-        rows = demos.add(
-            pixels,
-            episode["actions"],
-            episode["taken_actions"],
-            episode["rewards"],
-            terminated,
-            "final_observation" in episode,
-            episode["features"],
-            episode["stage"],
-        )
-        if e in heldout:
-            val_rows.append(rows)
-        else:
-            train_rows.append(rows)
-            played[int(rows[0])] = episode["taken_actions"]
-    train_rows, val_rows = np.concatenate(train_rows), np.concatenate([*val_rows, np.empty(0, np.int64)]).astype(int)
-    expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
-    rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
-    if args.label_budget:
-        asked_for = rounds * args.dagger_steps
-        if not asked_for < args.label_budget <= len(train_rows) + asked_for:
-            raise SystemExit(
-                f"--label-budget {args.label_budget}: expected more than the {asked_for} of dagger's rounds, at most "
-                f"{asked_for + len(train_rows)}, those and the {len(train_rows)} of {args.expert_data_dir}"
-            )
-        train_rows = train_rows[: args.label_budget - asked_for]
+    A = len(names)
     known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
 
     # run folder
@@ -1001,21 +923,18 @@ def main(args: Args) -> dict:
     # network and optimiser
     runs.seed_everything(args.seed, args.torch_deterministic)
     sizes = {"height": args.obs_height, "width": args.obs_width, "frames": args.frame_stack}
-    network_sizes = sizes | {
-        "action_dim": A,
-        "hidden_dim": args.hidden_dim,
-        "state_dim": STATE_DIM[args.state_inputs],
-    }
+    network_sizes = sizes | {"action_dim": A, "hidden_dim": args.hidden_dim, "state_dim": STATE_DIM[args.state_inputs]}
     sizes["state_inputs"] = args.state_inputs
     network = ImpalaCNN(**network_sizes).to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(network) if args.algorithm == "hybrid" else None
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    priority = np.ones(demos.n_rows, np.float32) if args.prioritized and args.algorithm == "hybrid" else None
-    best_return, best_loss, rounds_done = -np.inf, np.inf, checkpoint["rounds_done"] if checkpoint else 0
+    priority = np.ones(demos.n_rows, np.float32) if args.prioritized else None
+    best_return, best_loss, rounds_done = -np.inf, np.inf, 0
     if checkpoint:
         network.load_state_dict(checkpoint["model_state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         best_return, best_loss = checkpoint["best_return"], checkpoint["best_loss"]
+        rounds_done = checkpoint["rounds_done"]
         if target_network is not None:
             target_network.load_state_dict(checkpoint["target_state_dict"])
         if priority is not None:
@@ -1061,68 +980,58 @@ def main(args: Args) -> dict:
     def policy(decode: str) -> Policy:
         return Policy(network, sizes, known.cpu(), decode, device, args.seed)
 
+    expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
     eval_seeds = list(range(args.eval_seed, args.eval_seed + max(args.eval_episodes, args.final_eval_episodes)))
+    rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
     round_steps = np.linspace(0.25, 0.75, rounds) * args.total_training_steps
-    step, started, waited, wait_from = start_step, time.time(), 0.0, time.time()
+    step, started, waited = start_step, time.time(), 0.0  # `started` moves on by what is spent outside of updates
     progress = tqdm(total=args.total_training_steps, initial=start_step, desc="updates", unit="update")
     with runs.StopSignal() as stop_signal:
         while step < args.total_training_steps and not stop_signal:
             # DAgger: the student plays, the expert labels what it meets
             if rounds_done < rounds and step >= round_steps[rounds_done]:
-                rng = np.random.default_rng((args.seed, rounds_done))
-                seeds = rng.integers(2**30, 2**31, args.eval_episodes + args.dagger_episodes).tolist()
-                share = args.dagger_decay ** (rounds_done + 1)
-                if args.dagger_share == "return":
-                    own = seeds[: args.eval_episodes]
-                    results = play(envs, policy("argmax"), own, args.eval_patience, "student")
-                    student_return = np.mean([result["return"] for result in results])
-                    share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
-                    tqdm.write(f"student's return {student_return:.2f}, expert's {expert_return:.2f}")
-                asked = label_by_expert(envs, policy("sample"), share, seeds[args.eval_episodes :], args)
-                said, played_there = (np.concatenate([e[name] for e in asked]) for name in ("action", "taken"))
-                agreement = np.mean(said == played_there)
-                path = run_dir / f"dagger_round_{rounds_done + 1}.npz"
+                paused = time.time()
+                try:
+                    asked, share = play_round(envs, policy, rounds_done + 1, expert_return, args)
+                except ValueError as error:
+                    save("last.pt", step)
+                    raise SystemExit(f"{error}. What is learnt so far is in {run_dir}/last.pt") from None
+                rounds_done += 1
+                path = run_dir / f"dagger_round_{rounds_done}.npz"
                 save_round(path, asked)
                 train_rows = np.concatenate([train_rows, add_round(demos, path)])
                 known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
                 known, class_weights = known.to(device), class_weights.to(device)
-                rounds_done += 1
+                agreement = np.mean(np.concatenate([episode["action"] == episode["taken"] for episode in asked]))
                 writer.add_scalar("train/expert_share", share, step)
                 writer.add_scalar("train/expert_agreement", agreement, step)
                 writer.add_scalar("train/expert_labels", len(train_rows), step)
                 tqdm.write(
-                    f"round {rounds_done}: the expert played {share:.0%} of {len(said)} steps and agreed with "
-                    f"{agreement:.0%} of what was played; {len(train_rows):,} labels"
+                    f"round {rounds_done}: the expert played {share:.0%} of the steps and agreed with {agreement:.0%} "
+                    f"of them; {len(train_rows):,} labels"
                 )
-                wait_from = time.time()
+                started += time.time() - paused
 
             # fetch
+            fetching = time.time()
             rows, importance = sample_rows(train_rows, demos.rows["stage"], priority, args, step)
             pixels = demos.gather(rows, args.frame_stack).to(device)  # (B, frames * 3, h, w)
             actions, features = demos.batch(rows, device, "action", "features")
             importance = torch.from_numpy(importance).to(device)
             if args.frame_stack > 1 and args.stack_dropout:
                 pixels = drop_older_frames(pixels, args.stack_dropout)
-            waited += time.time() - wait_from
+            waited += time.time() - fetching
 
             # forward and loss
             logits = network(pixels, features)  # (B, A)
             imitation = bc_loss(logits, actions.long(), class_weights, importance)
             loss = imitation
             if target_network is not None:
-                taken, return_n, next_row, discount, td_known = demos.batch(
-                    rows, device, "taken", "return_n", "next_row", "discount", "td_known"
-                )
-                next_rows = next_row.cpu().numpy()
-                next_pixels = demos.gather(next_rows, args.frame_stack).to(device)
-                next_features = demos.batch(next_rows, device, "features")[0]
-                with torch.no_grad():
-                    next_q, next_q_target = (net(next_pixels, next_features) for net in (network, target_network))
-                    target = td_target(return_n.nan_to_num(), discount, next_q, next_q_target, known)
-                temporal = td_loss(logits, taken.long(), target, td_known.float(), importance)
+                target, taken, td_known = td_batch(network, target_network, demos, rows, known, args, device)
+                temporal = td_loss(logits, taken, target, td_known, importance)
                 loss = args.bc_weight * imitation + temporal
                 if priority is not None:
-                    error = target - logits.detach().gather(1, taken.long()[:, None]).squeeze(1)
+                    error = target - logits.detach().gather(1, taken[:, None]).squeeze(1)
                     priority[rows] = (error.abs() * td_known).cpu().numpy() + 1e-3
 
             # step
@@ -1161,6 +1070,7 @@ def main(args: Args) -> dict:
                 progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{scalars['train/accuracy']:.2f}")
 
             # evaluate, save
+            paused = time.time()
             if len(val_rows) and (step % args.val_frequency == 0 or last):
                 metrics = evaluate(network, demos, val_rows, class_weights, args, device)
                 for name, metric in metrics.items():
@@ -1168,13 +1078,12 @@ def main(args: Args) -> dict:
                 if args.save_best and metrics["eval/loss"] < best_loss:
                     best_loss = metrics["eval/loss"]
                     save("best_val.pth", step)
-            if envs and args.eval_frequency and step % args.eval_frequency == 0 and not last and args.eval_episodes:
+            if envs and args.eval_frequency and step % args.eval_frequency == 0 and not last:
                 seeds = eval_seeds[: args.eval_episodes]
                 summary = summarise(play(envs, policy("argmax"), seeds, args.eval_patience, "evaluation"))
-                writer.add_scalar("eval/episodic_return", summary["return"][0], step)
-                writer.add_scalar("eval/episodic_length", summary["length"][0], step)
-                writer.add_scalar("eval/success_rate", summary["success"][0], step)
-                tqdm.write(f"update {step}: return {summary['return'][0]:.2f}, success {summary['success'][0]:.2f}")
+                for name, metric in episode_metrics(summary).items():
+                    writer.add_scalar(name, metric, step)
+                tqdm.write(f"update {step}: return {in_words(summary['return'])} in {args.eval_episodes} episodes")
                 if args.save_best and summary["return"][0] > best_return:
                     best_return = summary["return"][0]
                     save("best_model.pth", step, best_return)
@@ -1182,7 +1091,7 @@ def main(args: Args) -> dict:
                 save(f"checkpoint_{step}.pth", step)
             if step % args.val_frequency == 0 or last or stop_signal:
                 save("last.pt", step)
-            wait_from = time.time()
+            started += time.time() - paused
     progress.close()
     if stop_signal and step < args.total_training_steps:
         writer.close()
@@ -1194,43 +1103,21 @@ def main(args: Args) -> dict:
     # final evaluation
     save("final_model.pth", step)
     metrics = evaluate(network, demos, val_rows, class_weights, args, device) if len(val_rows) else {}
-    summaries, results, film = {}, {}, None
+    summaries = {}
     if envs and args.final_eval_episodes:
-        seeds = eval_seeds[: args.final_eval_episodes]
         players = {"policy": policy("argmax")} | ({"policy, sampled": policy("sample")} if args.eval_sampled else {})
-        if args.baseline_episodes:
-            players |= baselines(envs, demos, played, args)
-        film = Film(run_dir / "eval.mp4", names) if args.capture_video else None
-        for name, act in players.items():
-            some = seeds if name.startswith("policy") else seeds[: args.baseline_episodes]
-            filmed, ask = (film, bool(args.expert)) if film and name == "policy" else (None, name == "expert")
-            try:
-                results[name] = play(envs, act, some, args.eval_patience, name, filmed, ask)
-            except ValueError as error:  # the expert's; the others are worth their time
-                tqdm.write(f"{name} is left out: {error}")
-                continue
-            summaries[name] = summarise(results[name])
-            success, low, high = summaries[name]["success"]
-            tqdm.write(f"{name}: success {success:.2f} ({low:.2f} to {high:.2f}) in {len(results[name])} episodes")
-        summary = summaries["policy"]
-        metrics |= {
-            "eval/episodic_return": summary["return"][0],
-            "eval/episodic_length": summary["length"][0],
-            "eval/success_rate": summary["success"][0],
-        }
-        if args.eval_sampled:
-            metrics["eval/episodic_return_sampled"] = summaries["policy, sampled"]["return"][0]
-            metrics["eval/success_rate_sampled"] = summaries["policy, sampled"]["success"][0]
-        if args.save_best and summary["return"][0] > best_return:
-            best_return = summary["return"][0]
+        players |= baselines(envs, demos, played, args) if args.baseline_episodes else {}
+        summaries = final_games(envs, players, eval_seeds, metrics, run_dir, names, args)
+        if args.save_best and summaries["policy"]["return"][0] > best_return:
+            best_return = summaries["policy"]["return"][0]
             save("best_model.pth", step, best_return)
-        plot_evaluation(run_dir / "eval.png", summaries)
+    else:
+        runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": {}, "episodes": {}})
     if args.save_best and not (run_dir / "best_model.pth").exists() and (run_dir / "best_val.pth").exists():
         for folder in (run_dir, Path(args.model_dir)):
             runs.save_checkpoint(folder / "best_model.pth", runs.load_checkpoint(run_dir / "best_val.pth"))
     for name, metric in metrics.items():
         writer.add_scalar(name, metric, step)
-    runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": summaries, "episodes": results})
     writer.close()
     if envs:
         envs.close()
@@ -1244,7 +1131,8 @@ def main(args: Args) -> dict:
         except (ValueError, OSError) as error:
             raise SystemExit(str(error)) from None
         print(f"\n{args.export_onnx}: logits within {off:.1e} of torch's")
-    print(f"\nfiles  {run_dir}: eval.json, {'eval.png, ' * bool(summaries)}{'eval.mp4, ' * bool(film)}*.pth, last.pt")
+    pictures = "eval.png, " * bool(summaries) + "eval.mp4, " * bool(summaries and args.capture_video)
+    print(f"\nfiles  {run_dir}: eval.json, {pictures}*.pth, last.pt")
     print(f"curves tensorboard --logdir {args.run_root}")
     return metrics | {"run_dir": str(run_dir), "step": step}
 

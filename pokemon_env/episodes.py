@@ -96,15 +96,20 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
     return episode | {"path": path, "shape": shape}
 
 
-def read_episodes(folder: Path, allow_pickle: bool = False) -> tuple[list[dict], list[str]]:
-    """All `episode_*.npz` of a folder, in the order of their names, and the names of the actions. Raises ValueError
-    where frames or actions differ between them."""
+def read_episodes(folder: Path, allow_pickle: bool = False, digest=None) -> tuple[list[dict], list[str]]:
+    """All `episode_*.npz` of a folder, in the order of their names, and the names of the actions. `digest(episode)` may
+    change each as it is read: infos of many episodes are too large to keep. Raises ValueError where frames or actions
+    differ between them."""
     paths = sorted(path for path in folder.glob("episode_*.npz") if path.stem.count(".") == 0)  # no .failed.npz
     if not paths:
         raise FileNotFoundError(
             f"{folder} holds no episode_*.npz. Collect some: python collect_expert_data.py --episodes 20"
         )
-    episodes = [read_episode(path, allow_pickle) for path in tqdm(paths, desc="episodes", leave=False)]
+    episodes = []
+    for path in tqdm(paths, desc="episodes", leave=False):
+        episodes.append(read_episode(path, allow_pickle))
+        if digest:
+            digest(episodes[-1])
     names = _action_names(episodes[0])
     for path, episode in zip(paths, episodes, strict=True):
         shape, first = episode["shape"][1:], episodes[0]["shape"][1:]

@@ -51,6 +51,18 @@ LOCATIONS = {
     (24, 11): "PETALBURG WOODS",
 }
 ORDERS = list(itertools.permutations("GAEM"))  # of a member's four sub-blocks, by PID % 24
+ITEM_SLOTS, BALL_SLOTS = (0x560, 30), (0x650, 16)  # two pockets of the bag in save block 1: where, how many slots
+ITEMS = {  # by the game's number
+    1: "master_ball",
+    2: "ultra_ball",
+    3: "great_ball",
+    4: "poke_ball",
+    13: "potion",
+    14: "antidote",
+    18: "paralyze_heal",
+    22: "super_potion",
+    86: "repel",
+}
 STATUS = ((0x07, "sleep"), (0x08, "poison"), (0x10, "burn"), (0x20, "freeze"), (0x40, "paralysis"), (0x80, "toxic"))
 
 
@@ -121,6 +133,7 @@ class Snapshot:
     map: tuple[int, int] | None = None  # (group, number)
     party: tuple[dict, ...] = ()
     money: int = 0
+    items: tuple[tuple[str, int], ...] = ()  # (name, how many)
     flags: frozenset[int] = frozenset()
     flag_list: tuple[int, ...] = ()
     variables: bytes = bytes(VAR_BYTES)
@@ -158,6 +171,7 @@ class Snapshot:
             },
             "party": [dict(member) for member in self.party],
             "money": self.money,
+            "items": dict(self.items),
             "badges": [flag in self.flags for flag in BADGES],
             "flags": list(self.flag_list),
             "map": {
@@ -205,6 +219,7 @@ class Reader:
             map=(group, number),
             party=self.keep("party", _party_bytes(ewram, PARTY_COUNT, PARTY), read_members),
             money=read_money(memory, *blocks),
+            items=self.keep("items", _bag_bytes(memory, *blocks), read_items),
             flags=flag_set,
             flag_list=flag_list,
             variables=ewram[at1 + VARS : at1 + VARS + VAR_BYTES],
@@ -243,6 +258,19 @@ def save_blocks(memory: Memory) -> tuple[int, int] | None:
 def read_money(memory: Memory, block1: int, block2: int) -> int:
     """The amount in save block 1 with the key of save block 2 taken off."""
     return memory.unpack("I", block1 + 0x490)[0] ^ memory.unpack("I", block2 + 0xAC)[0]
+
+
+def _bag_bytes(memory: Memory, block1: int, block2: int) -> bytes:
+    """The low half of the key, then the slots of both pockets: (item, quantity under the key)."""
+    slots = (memory.bytes(block1 + first, 4 * n) for first, n in (ITEM_SLOTS, BALL_SLOTS))
+    return memory.bytes(block2 + 0xAC, 2) + b"".join(slots)
+
+
+def read_items(raw: bytes) -> tuple[tuple[str, int], ...]:
+    """(name, how many); items that `ITEMS` does not name by their number."""
+    key, *slots = np.frombuffer(raw, "<u2").tolist()
+    pairs = zip(slots[::2], slots[1::2], strict=True)
+    return tuple((ITEMS.get(item, f"item_{item}"), n ^ key) for item, n in pairs if item)
 
 
 def _flags(raw: bytes) -> tuple[tuple[int, ...], frozenset[int]]:

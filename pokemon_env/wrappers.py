@@ -10,6 +10,8 @@ import numpy as np
 
 from pokemon_env import EMERALD_ROM, experts
 
+NO_ACTION = -1  # of a step that is not to happen
+
 
 class PackedInfo(gym.Wrapper):
     """An environment whose info a vector environment can carry. `json`: the info as a string; `expert_action`: what the
@@ -17,8 +19,8 @@ class PackedInfo(gym.Wrapper):
     `success`: the terminal milestone is reached.
 
     `reset(options={"ask": False})` leaves the expert alone for an episode. `expert` is a `Driver` of
-    pokemon_env/experts.py, an expert, what `make_expert` takes, or None. After the end of an episode steps do nothing
-    until the next reset, so that an environment with nothing left to play costs no time.
+    pokemon_env/experts.py, an expert, what `make_expert` takes, or None. A step with NO_ACTION, or after the end of an
+    episode, gives the last answer again, so that an environment with nothing left to play costs no time.
     """
 
     def __init__(self, env: gym.Env, expert=None):
@@ -26,30 +28,36 @@ class PackedInfo(gym.Wrapper):
         meanings = getattr(env.unwrapped, "get_action_meanings", lambda: None)()
         if expert is not None and not isinstance(expert, experts.Driver):
             expert = experts.Driver(expert, meanings and list(meanings), int(env.action_space.n))
-        self.expert, self.asking, self.over = expert, True, None
+        self.expert, self.asking, self.over, self.answer = expert, True, False, None
 
     @property
     def rom_sha1(self) -> str:
         """Of the game's ROM, "" where there is none."""
         return getattr(self.env.unwrapped, "rom_sha1", "")
 
+    @property
+    def has_goal(self) -> bool:
+        """Whether an episode can succeed: there is a terminal milestone."""
+        return getattr(self.env.unwrapped, "terminal_milestone", None) is not None
+
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         options = dict(options or {})
-        self.over, self.asking = None, options.pop("ask", True) and self.expert is not None
+        self.over, self.asking = False, options.pop("ask", True) and self.expert is not None
         obs, info = self.env.reset(seed=seed, options=options or None)
         if self.asking:
             self.expert.reset(info, seed)
-        return obs, self.pack(obs, info, None)
+        packed = self.pack(obs, info, None)
+        self.answer = obs, 0.0, False, False, packed
+        return obs, packed
 
     def step(self, action):
-        if self.over is not None:
-            return self.over
+        if self.over or action == NO_ACTION:
+            return self.answer
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.asking &= not (terminated or truncated)
-        answer = obs, float(reward), bool(terminated), bool(truncated), self.pack(obs, info, int(action))
-        if terminated or truncated:
-            self.over = answer
-        return answer
+        self.over = bool(terminated or truncated)
+        self.asking &= not self.over
+        self.answer = obs, float(reward), bool(terminated), bool(truncated), self.pack(obs, info, int(action))
+        return self.answer
 
     def pack(self, obs: np.ndarray, info: dict, taken: int | None) -> dict:
         action, error = self.expert.action(obs, info, taken) if self.asking else (-1, "")
@@ -99,6 +107,8 @@ def choose_env(env_id, rom_path, core, init_state, max_steps) -> tuple[str, dict
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for PokemonEnv, --env-id is {env_id}")
         return env_id, {"max_episode_steps": max_steps} if max_steps else {}
+    if env_id == "pokemon_env:Quest-v0" and not is_default:
+        raise ValueError(f"--env-id {env_id} brings its own ROM, --rom-path is {rom_path}. Leave one of them out")
     if env_id == "pokemon_env:Quest-v0" or (not env_id and is_default and not rom_path.is_file()):
         return "pokemon_env:Quest-v0", options
     if not rom_path.is_file():

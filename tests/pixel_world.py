@@ -1,21 +1,26 @@
 """A world of pixels that needs no emulator: a walker in a corridor with a door that A opens. `gym.make` finds it as
 `tests.pixel_world:PixelWorld-v0`, experts are `tests/pixel_world.py:good` and the like."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 
+from pokemon_env.wrappers import make_env
+
 A, LEFT, RIGHT = 0, 1, 2
 LENGTH, DOOR = 8, 4
+NAME = "tests.pixel_world:PixelWorld-v0"
 
 
 class PixelWorld(gym.Env):
     """Observation uint8 (16, 32, 3): the walker's column in red, the closed door in green. Reward 1 per milestone:
     START at once, DOOR_OPEN, END. The seed picks the first cell."""
 
-    terminal_milestone = "END"
     metadata = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, max_steps: int = 40, render_mode: str | None = None):
+    def __init__(self, max_steps: int = 40, render_mode: str | None = None, goal: bool = True):
+        self.terminal_milestone = "END" if goal else None
         self.observation_space = gym.spaces.Box(0, 255, (16, 4 * LENGTH, 3), np.uint8)
         self.action_space, self.max_steps, self.render_mode = gym.spaces.Discrete(3), max_steps, render_mode
 
@@ -71,6 +76,12 @@ def good():
 
 def raises():
     return Raises()
+
+
+def vector(n: int, expert: str, **options) -> gym.vector.VectorEnv:
+    """`n` worlds side by side with the expert of this name here, forked, as spawned ones take long to start."""
+    make = partial(make_env, NAME, expert=f"tests/pixel_world.py:{expert}", **options)
+    return gym.vector.AsyncVectorEnv([make] * n, context="fork", autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
 if "PixelWorld-v0" not in gym.registry:  # an expert is loaded by path, as another module

@@ -177,6 +177,15 @@ def test_money_key(key, amount):
     assert image.info()["money"] == amount
 
 
+@pytest.mark.parametrize("key", [0, 0xCAFE1234])
+def test_items_of_two_pockets(key):
+    image = Image(key=key)
+    empty = [0, key & 0xFFFF] * 28
+    image.put(image.block1 + 0x560, "60H", 13, 3 ^ key & 0xFFFF, 300, 1 ^ key & 0xFFFF, *empty)
+    image.put(image.block1 + 0x650, "HH", 4, 12 ^ key & 0xFFFF)
+    assert image.info()["items"] == {"potion": 3, "item_300": 1, "poke_ball": 12}
+
+
 def test_flags_badges_and_variables():
     image = Image()
     numbers = [0x51, 0x74, 0x50A, 0x867, 0x86E, 0x86F, 0x95F]
