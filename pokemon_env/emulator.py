@@ -43,7 +43,8 @@ class Emulator:
 
     def __init__(self, rom_path: Path | str):
         global _open
-        gc.collect()  # an environment that was dropped without close() lets go of its emulator
+        if _open is not None and _open() is not None:
+            gc.collect()  # an environment that was dropped without close() lets go of its emulator
         if _open is not None and _open() is not None:
             raise RuntimeError(
                 "this process already runs an emulator and can hold only one: close() the other environment, or put "
@@ -97,7 +98,6 @@ class Emulator:
         if _open is not None and _open() is self:
             _open = None
         self.stop()
-        gc.collect()
 
 
 class RetroEmulator(Emulator):
@@ -239,6 +239,7 @@ class LibretroEmulator(Emulator):
         if self.session is not None:
             self.session.__exit__(None, None, None)
         self.session, self.regions = None, []
+        gc.collect()  # the package keeps the core in circles
 
 
 def _libretro_drivers():
@@ -274,12 +275,15 @@ def _libretro_drivers():
     return Silence(), Pad(), Frame()
 
 
+_LOW = np.empty(HEIGHT * WIDTH * 3 // 8, np.uint64)  # scratch: a new array each time costs more than the sums
+
+
 def canonical_colour(rgb: np.ndarray) -> np.ndarray:
     """The GBA's 5 bits a channel spread over 0..255, in place: cores fill the low three bits differently.
     uint8, contiguous."""
     words = rgb.reshape(-1).view(np.uint64)
     words &= 0xF8F8F8F8F8F8F8F8
-    low = words >> 5
+    low = np.right_shift(words, 5, out=_LOW[: len(words)])
     low &= 0x0707070707070707
     words |= low
     return rgb

@@ -159,7 +159,7 @@ class ScriptedExpert:
     """
 
     def __init__(self):
-        self.fields, self.hops = {}, {}
+        self.fields, self.hops, self.exits = {}, {}, {}
 
     def get_action(self, obs: np.ndarray, info: dict) -> int:
         if "map" not in info or "player" not in info:
@@ -216,13 +216,7 @@ class ScriptedExpert:
         if (script, target) not in self.hops:
             self.hops[script, target] = hops(script.roads, target)
         count = self.hops[script, target]
-        exits = {}  # map: {cell: the move that leaves from it}
-        for x, y, *there in info["map"]["warps"]:
-            exits.setdefault(tuple(there), {})[x, y] = outward(rows, x, y)
-        for side, there in info["map"]["connections"].items():
-            cells = exits.setdefault(tuple(there), {})
-            if side in FACING:
-                cells |= {cell: FACING[side] for cell in edge(rows, side)}
+        exits = self.find_exits(info["map"], rows)
         ways = sorted((count.get(there, FAR), there) for there in exits if there != here)
         for _, there in ways:
             cells = exits[there]
@@ -234,6 +228,20 @@ class ScriptedExpert:
         if not ways:
             raise ValueError(f"map {list(here)} has no exit, so there is no way to {list(target)}")
         return WAIT
+
+    def find_exits(self, of_map: dict, rows: tuple) -> dict[tuple[int, int], dict[tuple[int, int], int]]:
+        """{map that an exit leads to: {cell: the move that leaves from it}}"""
+        warps, sides = (tuple(map(tuple, pairs)) for pairs in (of_map["warps"], of_map["connections"].items()))
+        key = rows, warps, str(sides)
+        if key not in self.exits:
+            exits = self.exits[key] = {}
+            for x, y, *there in warps:
+                exits.setdefault(tuple(there), {})[x, y] = outward(rows, x, y)
+            for side, there in sides:
+                cells = exits.setdefault(tuple(there), {})
+                if side in FACING:
+                    cells |= {cell: FACING[side] for cell in edge(rows, side)}
+        return self.exits[key]
 
     def walk(self, info: dict, goals: frozenset, rows: tuple, me: tuple, wait: bool = True) -> int | None:
         """One cell on the shortest way to one of `goals`, around people who stand near. None: there is no way."""

@@ -247,12 +247,9 @@ class Reader:
 
 def save_blocks(memory: Memory) -> tuple[int, int] | None:
     """Addresses of the two save blocks; None while the game has not set their pointers."""
-    blocks = struct.unpack_from("<II", memory.iwram, SAVE_BLOCK_1 & 0xFFFF)
-    sizes = (VARS + VAR_BYTES, 0xB0)
-    in_place = all(
-        block % 4 == 0 and 0x02000000 <= block <= 0x02040000 - size for block, size in zip(blocks, sizes, strict=True)
-    )
-    return blocks if in_place else None
+    one, two = struct.unpack_from("<II", memory.iwram, SAVE_BLOCK_1 & 0xFFFF)
+    in_place = 0x02000000 <= one <= 0x02040000 - VARS - VAR_BYTES and 0x02000000 <= two <= 0x02040000 - 0xB0
+    return (one, two) if in_place and one % 4 == two % 4 == 0 else None
 
 
 def read_money(memory: Memory, block1: int, block2: int) -> int:

@@ -114,6 +114,9 @@ def main(folder: Path, results: Path, picture: Path):
         for arm, runs in arms.items()
         for seed, run in sorted(runs.items())
     }
+    times = folder.parent / "seconds.txt"
+    if times.exists():  # of the arms, two at a time but for the first
+        facts["seconds"] = dict(line.rstrip(" s").split(": ") for line in times.read_text().splitlines())
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(facts | {"differences": differences}, indent=1) + "\n")
     plot(arms, picture)

@@ -104,13 +104,13 @@ def test_cloning_learns_and_leaves_the_files_of_the_specification(data, tmp_path
 
 
 def test_dagger_labels_what_the_student_sees(data, tmp_path):
-    settings = {"algorithm": "dagger", "label_budget": 66, "dagger_rounds": 3, "dagger_steps": 12, "eval_episodes": 2}
+    settings = {"algorithm": "dagger", "label_budget": 45, "dagger_rounds": 3, "dagger_steps": 5, "eval_episodes": 2}
     settings["dagger_episodes"] = 4
     result = train(data, tmp_path, total_training_steps=160, **settings)
     run_dir = Path(result["run_dir"])
     rounds = [np.load(run_dir / f"dagger_round_{number}.npz") for number in (1, 2, 3)]
-    assert [r["labelled"].sum() for r in rounds] == [12, 12, 12] and [len(r["lengths"]) for r in rounds] == [4, 4, 4]
-    assert scalars(str(run_dir), "train/expert_labels") == [42, 54, 66]
+    assert [r["labelled"].sum() for r in rounds] == [5, 5, 5] and [len(r["lengths"]) for r in rounds] == [4, 4, 4]
+    assert scalars(str(run_dir), "train/expert_labels") == [35, 40, 45]
     shares = scalars(str(run_dir), "train/expert_share")
     assert len(shares) == 3 and all(0 <= share <= 1 for share in shares)
     assert result["eval/success_rate"] > 0.5
@@ -170,6 +170,28 @@ def test_budgets_that_dagger_cannot_keep_are_refused(data, tmp_path):
             train(data, tmp_path, algorithm="dagger", dagger_rounds=3, dagger_steps=12, label_budget=budget)
 
 
+def test_dagger_ends_with_the_expert_and_keeps_what_is_learnt(data, tmp_path):
+    settings = {"algorithm": "dagger", "expert": "tests/pixel_world.py:raises", "total_training_steps": 20}
+    with pytest.raises(SystemExit, match="no idea.*last.pt"):
+        train(data, tmp_path, **settings)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert load_checkpoint(run_dir / "last.pt")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"gamma": 0.9}, "--gamma is for --algorithm hybrid, which is bc"),
+        ({"algorithm": "dagger", "prioritized": True}, "--prioritized is for --algorithm hybrid, which is dagger"),
+        ({"algorithm": "hybrid", "dagger_steps": 3}, "--dagger-steps is for --algorithm dagger"),
+        ({"algorithm": "dagger", "label_budget": 50}, "--label-budget 50 needs --dagger-steps"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(data, tmp_path, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        train(data, tmp_path, **settings)
+
+
 def test_frames_of_another_environment_are_refused(data, tmp_path):
     with pytest.raises(SystemExit, match=r"holds frames \(16, 32, 3\) and 3 actions.*--env-id"):
         train(data, tmp_path, env_id="pokemon_env:Quest-v0", expert=None)
@@ -192,14 +214,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("algorithm", ["bc", "hybrid", "dagger"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(data, tmp_path, algorithm):
-    settings = {"algorithm": algorithm, "final_eval_episodes": 0, "baseline_episodes": 0, "dagger_rounds": 2}
-    settings |= {
-        "dagger_steps": 20,
-        "dagger_episodes": 3,
-        "eval_episodes": 2,
-        "prioritized": algorithm == "hybrid",
-        "frame_stack": 2,
-    }
+    settings = {"algorithm": algorithm, "final_eval_episodes": 0, "baseline_episodes": 0, "eval_episodes": 2}
+    settings |= {"dagger_rounds": 2, "dagger_episodes": 3} if algorithm == "dagger" else {}
+    settings |= {"frame_stack": 2, "prioritized": algorithm == "hybrid"}
     whole = Path(train(data, tmp_path / "whole", **settings)["run_dir"])
     flags = [w for k, v in settings.items() if k != "prioritized" for w in (f"--{k.replace('_', '-')}", str(v))]
     flags += ["--prioritized"] * (algorithm == "hybrid") + ["--expert-data-dir", str(data)]
