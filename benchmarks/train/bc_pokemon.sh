@@ -4,11 +4,12 @@
 # thread each. About 70 minutes on two cores.
 #
 #   benchmarks/train/bc_pokemon.sh        writes benchmarks/results/bc_pokemon.json and docs/bc_pokemon.png
-#   STEPS=20 EPISODES=3 SEEDS=4 RESULTS=build/try.json FIGURE=build/try.png OUT=build/try benchmarks/train/bc_pokemon.sh
+#   STEPS=40 EPISODES=3 SEEDS=4 LABELS=400 RESULTS=build/try.json FIGURE=build/try.png OUT=build/try \
+#       benchmarks/train/bc_pokemon.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/bc_pokemon} TQDM_DISABLE=1
-export STEPS=${STEPS:-4000} EPISODES=${EPISODES:-20} SEEDS=${SEEDS:-100}
+export STEPS=${STEPS:-4000} EPISODES=${EPISODES:-20} SEEDS=${SEEDS:-100} LABELS=${LABELS:-3000}
 RESULTS=${RESULTS:-benchmarks/results/bc_pokemon.json} FIGURE=${FIGURE:-docs/bc_pokemon.png}
 if [ -e "$OUT" ]; then
     echo "$OUT is there already; runs of two times would be mixed. Move it away, or name another: OUT=build/again" >&2
@@ -38,11 +39,11 @@ train quick 1 noisy "$SEEDS" "$STEPS" --baseline-episodes "$SEEDS"
 echo "== 3 of 4: cloning and DAgger, the same number of labels and of updates, three seeds"
 echo "== 4 of 4: cloning and the hybrid on the noisy episodes, three seeds"
 few="--no-eval-sampled --baseline-episodes 0"
-dagger="--algorithm dagger --dagger-steps 250 --dagger-share decay --dagger-decay 0" # the student plays every step
+dagger="--algorithm dagger --dagger-steps $((LABELS / 12)) --dagger-share decay --dagger-decay 0" # the student plays every step
 arms() {
     for seed in 1 2 3; do
-        echo "dagger $seed clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget 3000 $dagger"
-        echo "few_labels $seed clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget 3000"
+        echo "dagger $seed clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget $LABELS $dagger"
+        echo "few_labels $seed clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget $LABELS"
     done
     for seed in 1 2 3; do
         echo "noisy_hybrid $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few --algorithm hybrid"
