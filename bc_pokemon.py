@@ -634,9 +634,22 @@ def evaluate(network, demos: Demonstrations, rows: np.ndarray, class_weights, ar
     return {name: float(metric) for name, metric in metrics.items()}
 
 
-def episode_metrics(summary: dict, suffix: str = "") -> dict[str, float]:
-    keys = {"return": "eval/episodic_return", "length": "eval/episodic_length", "success": "eval/success_rate"}
-    return {name + suffix: summary[key][0] for key, name in keys.items() if key in summary}
+EPISODE_METRICS = {
+    "policy": {
+        "return": "eval/episodic_return",
+        "length": "eval/episodic_length",
+        "success": "eval/success_rate",
+    },
+    "policy, sampled": {
+        "return": "eval/episodic_return_sampled",
+        "length": "eval/episodic_length_sampled",
+        "success": "eval/success_rate_sampled",
+    },
+}
+
+
+def episode_metrics(summary: dict, player: str = "policy") -> dict[str, float]:
+    return {name: summary[key][0] for key, name in EPISODE_METRICS[player].items() if key in summary}
 
 
 def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, run_dir: Path, names, args) -> dict:
@@ -644,7 +657,7 @@ def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, 
     written anew after each player."""
     results, summaries = {}, {}
     for name, act in players.items():
-        some = seeds[: args.final_eval_episodes if name.startswith("policy") else args.baseline_episodes]
+        some = seeds[: args.final_eval_episodes if name in EPISODE_METRICS else args.baseline_episodes]
         film = Film(run_dir / "eval.mp4", names) if args.capture_video and name == "policy" else None
         ask = name == "expert" or (film is not None and args.expert is not None)
         try:
@@ -653,8 +666,8 @@ def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, 
             tqdm.write(f"{name} is left out: {error}")
             continue
         summaries[name] = summarise(results[name])
-        if name.startswith("policy"):
-            metrics |= episode_metrics(summaries[name], "_sampled" if name == "policy, sampled" else "")
+        if name in EPISODE_METRICS:
+            metrics |= episode_metrics(summaries[name], name)
         runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": summaries, "episodes": results})
         plot_evaluation(run_dir / "eval.png", summaries)
         key = "success" if "success" in summaries[name] else "return"
@@ -984,13 +997,13 @@ def main(args: Args) -> dict:
     eval_seeds = list(range(args.eval_seed, args.eval_seed + max(args.eval_episodes, args.final_eval_episodes)))
     rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
     round_steps = np.linspace(0.25, 0.75, rounds) * args.total_training_steps
-    step, started, waited = start_step, time.time(), 0.0  # `started` moves on by what is spent outside of updates
+    step, begun, paused, waited = start_step, time.time(), 0.0, 0.0  # paused: seconds spent outside of updates
     progress = tqdm(total=args.total_training_steps, initial=start_step, desc="updates", unit="update")
     with runs.StopSignal() as stop_signal:
         while step < args.total_training_steps and not stop_signal:
             # DAgger: the student plays, the expert labels what it meets
             if rounds_done < rounds and step >= round_steps[rounds_done]:
-                paused = time.time()
+                pause = time.time()
                 try:
                     asked, share = play_round(envs, policy, rounds_done + 1, expert_return, args)
                 except ValueError as error:
@@ -1010,7 +1023,7 @@ def main(args: Args) -> dict:
                     f"round {rounds_done}: the expert played {share:.0%} of the steps and agreed with {agreement:.0%} "
                     f"of them; {len(train_rows):,} labels"
                 )
-                started += time.time() - paused
+                paused += time.time() - pause
 
             # fetch
             fetching = time.time()
@@ -1049,7 +1062,8 @@ def main(args: Args) -> dict:
 
             # log
             if step % args.log_every == 0 or last:
-                elapsed, done = time.time() - started, step - start_step
+                elapsed, done = time.time() - begun, step - start_step
+                training = elapsed - paused
                 scalars = {
                     "train/bc_loss": imitation.item(),
                     "train/accuracy": (logits.argmax(1) == actions).float().mean().item(),
@@ -1057,8 +1071,8 @@ def main(args: Args) -> dict:
                     "charts/SPS": done * args.batch_size / elapsed,
                     "charts/frames_seen": step * args.batch_size,
                     "charts/epoch": step * args.batch_size / len(train_rows),
-                    "time/data_wait_frac": waited / elapsed,
-                    "time/step_ms": 1000 * (elapsed - waited) / done,
+                    "time/data_wait_frac": waited / training,
+                    "time/step_ms": 1000 * (training - waited) / done,
                 }
                 if target_network is not None:
                     scalars["train/td_loss"] = temporal.item()
@@ -1070,7 +1084,7 @@ def main(args: Args) -> dict:
                 progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{scalars['train/accuracy']:.2f}")
 
             # evaluate, save
-            paused = time.time()
+            pause = time.time()
             if len(val_rows) and (step % args.val_frequency == 0 or last):
                 metrics = evaluate(network, demos, val_rows, class_weights, args, device)
                 for name, metric in metrics.items():
@@ -1091,7 +1105,7 @@ def main(args: Args) -> dict:
                 save(f"checkpoint_{step}.pth", step)
             if step % args.val_frequency == 0 or last or stop_signal:
                 save("last.pt", step)
-            started += time.time() - paused
+            paused += time.time() - pause
     progress.close()
     if stop_signal and step < args.total_training_steps:
         writer.close()

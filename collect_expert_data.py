@@ -359,15 +359,6 @@ def collect(args: Args, workers: list, tally: Tally, stop: "Stop", bar: tqdm):
 
 
 # the table ------------------------------------------------------------------------------------------------------------
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a rate."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = hits / n, z * z
-    middle, half = (p + zz / (2 * n)) / (1 + zz / n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def summarise(tally: Tally) -> dict:
     """Numbers over the episodes that came to their end."""
     failed = [e for e in tally.episodes if e["error"]]
@@ -389,13 +380,15 @@ def summarise(tally: Tally) -> dict:
 
 
 def table(summary: dict) -> str:
+    from scipy.stats import binomtest  # a second to import, which every worker would pay
+
     def line(name: str, values: list[float]) -> str:
         v = np.array(values, float)
         return f"{name:<12}{v.mean():>9.2f}{v.std():>9.2f}{v.min():>9.2f}{np.median(v):>9.2f}{v.max():>9.2f}"
 
     def rate(name: str, hits: int, n: int) -> str:
-        low, high = wilson(hits, n)
-        return f"{name:<26}{hits:>5} of {n:<5}{hits / n:>7.1%}   {low:.1%} to {high:.1%}"
+        interval = binomtest(hits, n).proportion_ci(method="wilson")
+        return f"{name:<26}{hits:>5} of {n:<5}{hits / n:>7.1%}   {interval.low:.1%} to {interval.high:.1%}"
 
     lines, n = [], summary["episodes"]
     if n:

@@ -267,8 +267,9 @@ def recover(folder: Path, compress: bool) -> list[Path]:
         with folder_lock(folder):
             try:
                 file = open(part / "episode.npz", "r+b", buffering=0)
-            except FileNotFoundError:  # finished meanwhile, or killed before the first picture
-                if part.is_dir() and not any(part.glob("chunk_*.json")):
+            except FileNotFoundError:  # finished meanwhile, killed right after that, or before the first picture
+                finished = any((place / f"{part.stem}.npz").exists() for place in (folder, folder / "failed"))
+                if part.is_dir() and (finished or not any(part.glob("chunk_*.json"))):
                     shutil.rmtree(part)
                 continue
             if not lock(file):

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.speed import collect as speed
+from benchmarks.speed import paired
 from collect_expert_data import Args, main
 from pokemon_env import QUEST_ROM
 from pokemon_env.episodes import read_episodes
@@ -124,3 +126,10 @@ def test_the_quest_is_played_where_there_is_no_other_rom(tmp_path, monkeypatch, 
     assert QUEST in capsys.readouterr().out and QUEST_ROM.is_file()
     with pytest.raises(SystemExit, match="no.gba is missing"):
         main(Args(episodes=1, rom_path=Path("no.gba"), expert_data_dir=tmp_path / "data"))
+
+
+def test_the_benchmark_plays_the_same_episodes_bare(tmp_path, monkeypatch):
+    monkeypatch.setattr(paired, "RESULTS", tmp_path)
+    speed.main(speed.Args(episodes=1, worker_rounds=0))
+    result = json.loads((tmp_path / "collect.json").read_text())
+    assert 0 < result["ms_a_step_of_the_bare_emulator"] and set(result["ways"]) >= {"bare emulator", "collector"}

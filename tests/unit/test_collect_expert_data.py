@@ -14,9 +14,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
-from collect_expert_data import Args, main, wilson
+from collect_expert_data import Args, main
 from pokemon_env import episode_writer
 from pokemon_env.episode_writer import Writer, crc_of_both, recover
 from pokemon_env.episodes import read_episodes
@@ -284,6 +283,21 @@ def test_a_run_killed_while_joining_is_joined_again(tmp_path, monkeypatch):
         assert (episode["final_observation"] == 6).all()
 
 
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("error", ["", "the expert failed"])
+def test_a_run_killed_right_after_joining_leaves_no_folder(tmp_path, monkeypatch, compress, error):
+    ending = {"truncated": False, "interrupted": False, "success": True, "error": error, "final_info": "{}"}
+    writer = begin(tmp_path)
+    fill(writer, 7, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(episode_writer.shutil, "rmtree", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.close(ending, compress)
+    recover(tmp_path, compress)
+    (path,) = tmp_path.rglob("episode_*.npz")
+    assert not writer.part.exists() and load(path)["actions"].tolist() == list(range(6))
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_memory_does_not_grow_with_the_episode(tmp_path, killed):
     shape, T, info = (64, 64, 3), 3000, json.dumps({"x": "y" * 2000})
@@ -438,9 +452,3 @@ def test_crc_of_two_pieces():
     for n, m in ((0, 0), (5, 0), (0, 7), (1, 1), (100, 12345), (3, 1 << 20)):
         first, second = rng.bytes(n), rng.bytes(m)
         assert crc_of_both(zlib.crc32(first), zlib.crc32(second), m) == zlib.crc32(first + second)
-
-
-@pytest.mark.parametrize("hits,n", [(0, 5), (5, 5), (19, 20), (1, 100)])
-def test_wilson(hits, n):
-    interval = binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits, n) == pytest.approx((interval.low, interval.high), abs=1e-4)
