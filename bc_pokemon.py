@@ -12,6 +12,7 @@ In: expert_data/. Out: runs/<task>__bc_pokemon__<seed>__<time>/ with eval.json, 
 .pth files that models/ receives as copies."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -146,7 +147,7 @@ class Args:
     dagger_decay: float = 0.5
     """dagger: see `dagger_share`"""
     dagger_patience: int = 60
-    """dagger: as `eval_patience`, for the student's episodes: labels for going round in circles are wasted"""
+    """dagger: as `eval_patience`, for the student's episodes: going round in circles shows nothing new"""
 
     eval_frequency: int = 5_000
     """updates between two evaluations in the environment; 0 means at the end only"""
@@ -353,13 +354,18 @@ def n_step_transitions(rewards: np.ndarray, terminated: bool, known_end: bool, n
     return return_n, next_row, discount
 
 
+def evaluation_seeds(args: Args) -> range:
+    most = max(args.eval_episodes, args.final_eval_episodes, args.baseline_episodes)
+    return range(args.eval_seed, args.eval_seed + most)
+
+
 def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
     """The episodes of --expert-data-dir that --top-fraction picks, and the names of the actions. Instead of infos they
     have `features` (T + 1, D) and `stage` (T + 1,), how many milestones were reached."""
 
     def digest(episode: dict):
         infos = episode.pop("infos")
-        infos.append(json.loads(str(episode.get("final_info", "null"))) or infos[-1])
+        infos.append(episode.get("final_info") or infos[-1])
         try:
             episode["features"] = np.array([state_features(info, args.state_inputs) for info in infos])
             episode["stage"] = np.array([n_milestones(info) for info in infos])
@@ -368,7 +374,7 @@ def load_episodes(args: Args) -> tuple[list[dict], list[str]]:
                 f"{episode['path']}: its infos lack what --state-inputs {args.state_inputs} reads ({error!r}). Use none"
             ) from None
         seed = int(episode.get("seed", -1))
-        if args.eval_seed <= seed < args.eval_seed + max(args.eval_episodes, args.final_eval_episodes):
+        if seed in evaluation_seeds(args):
             raise ValueError(
                 f"{episode['path']} was played with seed {seed}, which evaluates. Choose another --eval-seed"
             )
@@ -401,6 +407,10 @@ def lay_out(episodes: list[dict], frames: list[Path], heldout: list[int], args: 
             train_rows.append(rows)
             played[int(rows[0])] = episode["taken_actions"]
     train_rows, val_rows = np.concatenate(train_rows), np.concatenate(val_rows)
+    if args.milestone_curriculum and not demos.rows["stage"].any():
+        raise ValueError(
+            f"--milestone-curriculum: the infos in {args.expert_data_dir} hold no milestones. Leave it out"
+        )
     if args.label_budget:
         asked_for = args.dagger_rounds * args.dagger_steps if args.algorithm == "dagger" else 0
         if not asked_for < args.label_budget <= len(train_rows) + asked_for:
@@ -509,10 +519,8 @@ def td_batch(network, target_network, demos: "Demonstrations", rows, known, args
         rows, device, "return_n", "taken", "next_row", "discount", "td_known"
     )
     next_rows = next_row.cpu().numpy()
-    pixels, features = (
-        demos.gather(next_rows, args.frame_stack).to(device),
-        demos.batch(next_rows, device, "features")[0],
-    )
+    pixels = demos.gather(next_rows, args.frame_stack).to(device)
+    (features,) = demos.batch(next_rows, device, "features")
     with torch.no_grad():
         next_q, next_q_target = network(pixels, features), target_network(pixels, features)  # (B, A)
     return td_target(return_n.nan_to_num(), discount, next_q, next_q_target, known), taken.long(), td_known.float()
@@ -605,13 +613,14 @@ def baselines(envs, demos: Demonstrations, episodes: dict[int, np.ndarray], args
 
 
 @torch.no_grad()
-def evaluate(network, demos: Demonstrations, rows: np.ndarray, class_weights, args: Args, device) -> dict:
-    """Agreement with the expert on held-out episodes, rows (N,), beside the baselines that need no picture."""
+def evaluate(network, demos: Demonstrations, rows: np.ndarray, args: Args, device) -> dict:
+    """Agreement with the expert on held-out episodes, rows (N,), beside the baselines that need no picture. The loss
+    has no class weights, so that it means the same whatever the training episodes show."""
     network.eval()
     logits = []
     for first in range(0, len(rows), 256):
         part = rows[first : first + 256]
-        features = demos.batch(part, device, "features")[0]
+        (features,) = demos.batch(part, device, "features")
         logits.append(network(demos.gather(part, args.frame_stack).to(device), features).float().cpu())
     network.train()
     logits, actions = torch.cat(logits), torch.from_numpy(demos.rows["action"][rows]).long()  # (N, A), (N,)
@@ -623,7 +632,7 @@ def evaluate(network, demos: Demonstrations, rows: np.ndarray, class_weights, ar
     per_class = [right[actions == a].mean() for a in np.unique(actions)]
     counts = np.bincount(actions, minlength=logits.shape[1])
     metrics = {
-        "eval/loss": bc_loss(logits, torch.from_numpy(actions), class_weights.cpu(), torch.ones(len(rows))).item(),
+        "eval/loss": F.cross_entropy(logits, torch.from_numpy(actions)).item(),
         "eval/accuracy": right.mean(),
         "eval/accuracy_majority": counts.max() / counts.sum(),
         "eval/accuracy_repeat_previous": (actions == previous)[inside].mean() if inside.any() else 0.0,
@@ -652,18 +661,23 @@ def episode_metrics(summary: dict, player: str = "policy") -> dict[str, float]:
     return {name: summary[key][0] for key, name in EPISODE_METRICS[player].items() if key in summary}
 
 
-def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, run_dir: Path, names, args) -> dict:
-    """Let everyone play; returns the summaries and adds the policy's figures to `metrics`. eval.json and eval.png are
-    written anew after each player."""
-    results, summaries = {}, {}
+def final_games(envs, players: dict[str, Act], metrics: dict, run_dir: Path, names: list[str], args: Args) -> tuple:
+    """Let everyone play: their episodes and summaries by name. Adds the policy's figures to `metrics`; eval.json and
+    eval.png are written anew after each player."""
+    results, summaries, seeds = {}, {}, list(evaluation_seeds(args))
     for name, act in players.items():
         some = seeds[: args.final_eval_episodes if name in EPISODE_METRICS else args.baseline_episodes]
-        film = Film(run_dir / "eval.mp4", names) if args.capture_video and name == "policy" else None
-        ask = name == "expert" or (film is not None and args.expert is not None)
+        games = partial(play, envs, act, patience=args.eval_patience, desc=name)
         try:
-            results[name] = play(envs, act, some, args.eval_patience, name, film, ask)
-        except ValueError as error:  # the expert's; the others are worth their time
-            tqdm.write(f"{name} is left out: {error}")
+            if args.capture_video and name == "policy":
+                film = Film(run_dir / "eval.mp4", names)
+                results[name] = games(some[:1], film=film, ask=args.expert is not None) + games(some[1:])
+            else:
+                results[name] = games(some, ask=name == "expert")
+        except ValueError as error:
+            if name != "expert":
+                raise
+            tqdm.write(f"{name} is left out: {error}")  # the others are worth their time
             continue
         summaries[name] = summarise(results[name])
         if name in EPISODE_METRICS:
@@ -672,71 +686,92 @@ def final_games(envs, players: dict[str, Act], seeds: list[int], metrics: dict, 
         plot_evaluation(run_dir / "eval.png", summaries)
         key = "success" if "success" in summaries[name] else "return"
         tqdm.write(f"{name}: {key} {in_words(summaries[name][key])} in {len(some)} episodes")
-    return summaries
+    return results, summaries
 
 
 # DAgger ---------------------------------------------------------------------------------------------------------------
-DAGGER_COLUMNS = ("frames", "action", "taken", "features", "stage", "labelled")
+DAGGER_COLUMNS = ("frames", "action", "taken", "by_student", "features", "stage", "labelled")
 
 
-def play_round(envs, policy, number: int, expert_return: float, args: Args) -> tuple[list[dict], float]:
-    """The episodes of a round with the expert's labels, and the share of the steps that the expert played."""
+def play_round(envs, policy, number: int, expert_return: float, args: Args) -> tuple[list[dict], float, str]:
+    """The episodes of a round with the expert's labels, the share of the steps that the expert played, and why it broke
+    off, "" where it did not."""
     rng = np.random.default_rng((args.seed, number))
     seeds = rng.integers(2**30, 2**31, args.eval_episodes + args.dagger_episodes).tolist()
     share = args.dagger_decay**number
     if args.dagger_share == "return":
         results = play(envs, policy("argmax"), seeds[: args.eval_episodes], args.eval_patience, "student")
         student_return = np.mean([result["return"] for result in results])
-        share = float(np.clip(1 - student_return / max(expert_return, 1e-8), 0, 1))
-        tqdm.write(f"student's return {student_return:.2f}, expert's {expert_return:.2f}")
-    return label_by_expert(envs, policy("sample"), share, seeds[args.eval_episodes :], args), share
+        share = float(np.clip(1 - student_return / expert_return, 0, 1))
+        tqdm.write(f"student's return {student_return:.2f}, that of the episodes {expert_return:.2f}")
+    episodes, error = label_by_expert(envs, policy("sample"), share, seeds[args.eval_episodes :], args)
+    return episodes, share, error
 
 
-def label_by_expert(envs, student: Policy, share: float, seeds: list[int], args: Args) -> list[dict]:
+def label_by_expert(envs, student: Policy, share: float, seeds: list[int], args: Args) -> tuple[list[dict], str]:
     """Whole episodes, one per seed, in which the expert plays `share` of the steps and the student the others. Of all
-    their different pictures `args.dagger_steps`, drawn at random, are `labelled`, so that a student who stands before a
-    wall for a minute does not use up the labels. Raises ValueError where the expert fails."""
-    rng = np.random.default_rng((args.seed, seeds[0]))
+    their different inputs `args.dagger_steps`, drawn at random, are `labelled`, so that a student who stands before a
+    wall for a minute does not use up the labels. Where the expert fails: what there is by then, and why."""
+    rng, error = np.random.default_rng((args.seed, seeds[0])), ""
+    by_expert = np.zeros(envs.num_envs, bool)
 
     def mixture(frames, infos, begun):
-        return np.where(
-            rng.random(len(frames)) < share, ask_expert(frames, infos, begun), student(frames, infos, begun)
-        )
+        by_expert[:] = rng.random(len(frames)) < share
+        return np.where(by_expert, ask_expert(frames, infos, begun), student(frames, infos, begun))
 
     episodes = {seed: {name: [] for name in DAGGER_COLUMNS} for seed in seeds}
-    for step in rollout(envs, mixture, seeds, args.dagger_patience, "expert labels", ask=True):
-        frame = preprocess(torch.from_numpy(step["obs"])[None], args.obs_height, args.obs_width)[0].numpy()
-        features, stage = state_features(step["info"], args.state_inputs), n_milestones(step["info"])
-        values = frame, step["info"]["expert_action"], step["action"], features, stage, False
-        for name, value in zip(DAGGER_COLUMNS, values, strict=True):
-            episodes[step["seed"]][name].append(value)
-    different = {}  # picture: where it came first
+    try:
+        for step in rollout(envs, mixture, seeds, args.dagger_patience, "expert labels", ask=True):
+            frame = preprocess(torch.from_numpy(step["obs"])[None], args.obs_height, args.obs_width)[0].numpy()
+            features, stage = state_features(step["info"], args.state_inputs), n_milestones(step["info"])
+            by_student = not by_expert[step["env"]]
+            values = frame, step["info"]["expert_action"], step["action"], by_student, features, stage, False
+            for name, value in zip(DAGGER_COLUMNS, values, strict=True):
+                episodes[step["seed"]][name].append(value)
+    except ValueError as failure:
+        error = str(failure)
+    different = {}  # what the network sees: where it came first
     for seed, episode in episodes.items():
-        for t, frame in enumerate(episode["frames"]):
-            different.setdefault(frame.tobytes(), (seed, t))
+        for t, features in enumerate(episode["features"]):
+            seen = np.stack(episode["frames"][max(0, t + 1 - args.frame_stack) : t + 1])
+            different.setdefault(hashlib.sha1(seen.tobytes() + features.tobytes()).digest(), (seed, t))
     places = list(different.values())
     for i in rng.permutation(len(places))[: args.dagger_steps or None]:
         seed, t = places[i]
         episodes[seed]["labelled"][t] = True
-    return [{name: np.array(values) for name, values in episode.items()} for episode in episodes.values()]
+    played = [episode for episode in episodes.values() if episode["action"]]
+    return [{name: np.array(values) for name, values in episode.items()} for episode in played], error
 
 
 def save_round(path: Path, episodes: list[dict]):
-    columns = {name: np.concatenate([episode[name] for episode in episodes]) for name in DAGGER_COLUMNS}
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(temporary, lengths=[len(episode["action"]) for episode in episodes], **columns)
-    os.replace(temporary, path)
+    """`path`, an npz of all columns but the frames, and beside it an npy of the frames, each episode's last one twice:
+    in `Demonstrations` an episode has one row more than steps."""
+    frames = np.concatenate([frames for e in episodes for frames in (e["frames"], e["frames"][-1:])])
+    columns = {name: np.concatenate([e[name] for e in episodes]) for name in DAGGER_COLUMNS if name != "frames"}
+    for file, write in (
+        (path.with_suffix(".npy"), lambda temporary: np.save(temporary, frames)),
+        (path, lambda temporary: np.savez(temporary, lengths=[len(e["action"]) for e in episodes], **columns)),
+    ):
+        temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
+        try:
+            write(temporary)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def add_round(demos: Demonstrations, path: Path) -> np.ndarray:
     """Append a round's episodes; returns the rows that are labelled."""
     with np.load(path) as file:
-        columns = [np.split(file[name], np.cumsum(file["lengths"])[:-1]) for name in DAGGER_COLUMNS]
+        lengths = file["lengths"]
+        columns = {name: np.split(file[name], np.cumsum(lengths)[:-1]) for name in DAGGER_COLUMNS if name != "frames"}
+    frames = np.split(np.load(path.with_suffix(".npy"), mmap_mode="r"), np.cumsum(lengths + 1)[:-1])
     rows = []
-    for frames, action, taken, features, stage, labelled in zip(*columns, strict=True):
-        frames, features, stage = (np.concatenate([x, x[-1:]]) for x in (frames, features, stage))
+    for e in range(len(lengths)):
+        action, taken, labelled = (columns[name][e] for name in ("action", "taken", "labelled"))
+        features, stage = (np.concatenate([columns[name][e], columns[name][e][-1:]]) for name in ("features", "stage"))
         rewards = np.zeros(len(action))  # not kept: no algorithm learns values from these episodes
-        rows.append(demos.add(frames, action, taken, rewards, False, False, features, stage)[labelled])
+        rows.append(demos.add(frames[e], action, taken, rewards, False, False, features, stage)[labelled])
     return np.concatenate(rows)
 
 
@@ -811,27 +846,24 @@ def export_onnx(path: Path, policy: Policy, frame_shape: tuple, names: list[str]
 
 # main -----------------------------------------------------------------------------------------------------------------
 def check_args(args: Args):
-    limits = {
-        "val_fraction": (0, 0.5),
-        "stack_dropout": (0, 1),
-        "gamma": (0, 1),
-        "total_training_steps": (1, np.inf),
-        "batch_size": (1, np.inf),
-        "frame_stack": (1, np.inf),
-        "n_step": (1, np.inf),
-        "obs_height": (8, np.inf),
-        "obs_width": (8, np.inf),
-        "num_envs": (1, np.inf),
-        "dagger_rounds": (1, np.inf),
-        "dagger_episodes": (1, np.inf),
-        "dagger_steps": (0, np.inf),
-        "dagger_decay": (0, 1),
-        "eval_episodes": (1, np.inf),
-    }
+    limits = dict.fromkeys(
+        "total_training_steps batch_size hidden_dim frame_stack n_step target_frequency num_envs eval_episodes "
+        "log_every val_frequency save_frequency dagger_rounds dagger_episodes".split(),
+        (1, np.inf),
+    )
+    limits |= dict.fromkeys(
+        "max_steps label_budget weight_decay bc_weight eval_frequency final_eval_episodes baseline_episodes "
+        "eval_patience eval_seed dagger_steps dagger_patience".split(),
+        (0, np.inf),
+    )
+    limits |= dict.fromkeys(("obs_height", "obs_width"), (8, np.inf))
+    limits |= dict.fromkeys(("stack_dropout", "gamma", "dagger_decay"), (0, 1)) | {"val_fraction": (0, 0.5)}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             wanted = f"{low} to {high}" if high < np.inf else f"{low} or more"
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {wanted}")
+    if not args.learning_rate > 0:
+        raise ValueError(f"--learning-rate {args.learning_rate}: expected above 0")
     if not 0 < args.top_fraction <= 1:
         raise ValueError(f"--top-fraction {args.top_fraction}: expected above 0, up to 1")
     if args.algorithm == "dagger" and args.expert in (None, "keyboard"):
@@ -848,6 +880,13 @@ def check_args(args: Args):
             raise ValueError(
                 f"--{field.name.replace('_', '-')} is for --algorithm {wanted}, which is {args.algorithm}. Leave it out"
             )
+    for name, in_use, where in (
+        ("stack_dropout", args.frame_stack > 1, "--frame-stack above 1"),
+        ("dagger_decay", args.dagger_share == "decay", "--dagger-share decay"),
+        ("capture_video", args.final_eval_episodes > 0, "--final-eval-episodes above 0"),
+    ):
+        if getattr(args, name) != Args.__dataclass_fields__[name].default and not in_use:
+            raise ValueError(f"--{name.replace('_', '-')} does nothing without {where}")
     if args.export_onnx and not args.export_onnx.endswith(".onnx"):
         raise ValueError(f"--export-onnx {args.export_onnx}: expected a name that ends in .onnx")
 
@@ -865,15 +904,15 @@ def seconds_per_update(network, sizes: dict, args: Args, device) -> float:
     return time.time() - started
 
 
-def open_envs(episode: dict, n_actions: int, args: Args) -> gym.vector.VectorEnv:
+def open_envs(episode: dict, names: list[str], args: Args) -> gym.vector.VectorEnv:
     """Where the policy will play. Raises ValueError where that is not what `episode` was played in, or where the expert
     does not answer: now, not after hours of training."""
     envs = make_envs(args.num_envs, args.env_id, args.rom_path, args.core, args.init_state, args.max_steps, args.expert)
-    shape, n = envs.single_observation_space.shape, envs.single_action_space.n
-    if n != n_actions or shape != episode["shape"][1:]:
+    shape, here = envs.single_observation_space.shape, envs.get_attr("action_names")[0]
+    if here != names or shape != episode["shape"][1:]:
         raise ValueError(
-            f"{args.expert_data_dir} holds frames {episode['shape'][1:]} and {n_actions} actions, the environment has "
-            f"{shape} and {n}. Name the one they come from: --env-id, --rom-path"
+            f"{args.expert_data_dir} holds frames {episode['shape'][1:]} and the actions {', '.join(names)}, the "
+            f"environment has {shape} and {', '.join(here)}. Name the one they come from: --env-id, --rom-path"
         )
     rom, played_on = envs.get_attr("rom_sha1")[0], str(episode.get("rom_sha1", ""))
     if rom and played_on and rom != played_on:
@@ -881,7 +920,10 @@ def open_envs(episode: dict, n_actions: int, args: Args) -> gym.vector.VectorEnv
             f"{args.expert_data_dir} was played on a ROM with SHA-1 {played_on}, the environment has {rom}. Name the "
             "same one with --rom-path"
         )
-    if args.expert and args.expert != "keyboard":
+    env_id, played_in = envs.get_attr("env_id")[0], str(episode.get("env_id", ""))
+    if played_in and played_in != env_id:
+        print(f"{args.expert_data_dir} was played in {played_in}, the policy plays in {env_id}")
+    if args.expert:
         error = envs.reset(seed=args.seed, options={"ask": True})[1]["expert_error"][0]
         if error:
             raise ValueError(f"the expert fails: {error}. Name another with --expert, or --expert None")
@@ -905,8 +947,16 @@ def main(args: Args) -> dict:
         frames = [cache_frames(episode, args) for episode in tqdm(episodes, desc="frames", leave=False)]
         heldout = split_episodes(len(episodes), args.val_fraction, args.seed)
         demos, train_rows, val_rows, played = lay_out(episodes, frames, heldout, args)
-        if args.final_eval_episodes or args.algorithm == "dagger":
-            envs = open_envs(episodes[0], len(names), args)
+        expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
+        if args.algorithm == "dagger" and args.dagger_share == "return" and expert_return <= 0:
+            raise ValueError(
+                f"--dagger-share return: the episodes' mean return is {expert_return:.2f}, of which no share can be "
+                "taken. Use --dagger-share decay"
+            )
+        plays_between = 0 < args.eval_frequency < args.total_training_steps
+        if args.final_eval_episodes or plays_between or args.algorithm == "dagger":
+            envs = open_envs(episodes[0], names, args)
+        Path(args.model_dir).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(str(error)) from None
     A = len(names)
@@ -964,6 +1014,17 @@ def main(args: Args) -> dict:
     if expected > 3600:
         print(f"for a first look: {QUICK}")
 
+    again = f"python {Path(__file__).name} --resume {run_dir}"
+
+    def leave(message: str, stopped: bool = False):
+        writer.close()
+        if envs:
+            envs.close()
+        if not stopped:
+            raise SystemExit(message)
+        print(message)
+        raise SystemExit(130)
+
     def save(name: str, step: int, eval_return: float | None = None):
         state = {
             "step": step,
@@ -986,15 +1047,18 @@ def main(args: Args) -> dict:
             state["target_state_dict"] = target_network.state_dict()
         if priority is not None:
             state["priority"] = torch.from_numpy(priority)
-        runs.save_checkpoint(run_dir / name, state)
-        if name.endswith(".pth"):
-            runs.save_checkpoint(Path(args.model_dir) / name, state)
+        try:
+            runs.save_checkpoint(run_dir / name, state)
+            if name.endswith(".pth"):
+                runs.save_checkpoint(Path(args.model_dir) / name, state)
+        except OSError as error:
+            leave(f"{name} cannot be written ({error}). Make room, then go on with: {again}")
 
     def policy(decode: str) -> Policy:
         return Policy(network, sizes, known.cpu(), decode, device, args.seed)
 
-    expert_return = float(np.mean([episode["rewards"].sum() for episode in episodes]))
-    eval_seeds = list(range(args.eval_seed, args.eval_seed + max(args.eval_episodes, args.final_eval_episodes)))
+    eval_seeds = list(evaluation_seeds(args))[: args.eval_episodes]
+    decodings = {"policy": "argmax"} | ({"policy, sampled": "sample"} if args.eval_sampled else {})
     rounds = args.dagger_rounds if args.algorithm == "dagger" else 0
     round_steps = np.linspace(0.25, 0.75, rounds) * args.total_training_steps
     step, begun, paused, waited = start_step, time.time(), 0.0, 0.0  # paused: seconds spent outside of updates
@@ -1004,25 +1068,30 @@ def main(args: Args) -> dict:
             # DAgger: the student plays, the expert labels what it meets
             if rounds_done < rounds and step >= round_steps[rounds_done]:
                 pause = time.time()
-                try:
-                    asked, share = play_round(envs, policy, rounds_done + 1, expert_return, args)
-                except ValueError as error:
-                    save("last.pt", step)
-                    raise SystemExit(f"{error}. What is learnt so far is in {run_dir}/last.pt") from None
                 rounds_done += 1
                 path = run_dir / f"dagger_round_{rounds_done}.npz"
-                save_round(path, asked)
+                asked, share, error = play_round(envs, policy, rounds_done, expert_return, args)
+                if not asked:
+                    leave(f"{error}. No label of round {rounds_done} was given")
+                try:
+                    save_round(path, asked)
+                except OSError as error:
+                    leave(f"{path} cannot be written ({error}). Make room, then go on with: {again}")
                 train_rows = np.concatenate([train_rows, add_round(demos, path)])
                 known, class_weights = action_statistics(demos.rows["action"][train_rows], A, args.class_weights)
                 known, class_weights = known.to(device), class_weights.to(device)
-                agreement = np.mean(np.concatenate([episode["action"] == episode["taken"] for episode in asked]))
+                agrees = np.concatenate([(e["action"] == e["taken"])[e["by_student"]] for e in asked])
+                agreement = agrees.mean() if len(agrees) else np.nan
                 writer.add_scalar("train/expert_share", share, step)
                 writer.add_scalar("train/expert_agreement", agreement, step)
                 writer.add_scalar("train/expert_labels", len(train_rows), step)
                 tqdm.write(
                     f"round {rounds_done}: the expert played {share:.0%} of the steps and agreed with {agreement:.0%} "
-                    f"of them; {len(train_rows):,} labels"
+                    f"of the student's; {len(train_rows):,} labels"
                 )
+                save("last.pt", step)
+                if error:
+                    leave(f"{error}. Its labels up to there are kept. Go on without the rest of the round: {again}")
                 paused += time.time() - pause
 
             # fetch
@@ -1086,20 +1155,24 @@ def main(args: Args) -> dict:
             # evaluate, save
             pause = time.time()
             if len(val_rows) and (step % args.val_frequency == 0 or last):
-                metrics = evaluate(network, demos, val_rows, class_weights, args, device)
+                metrics = evaluate(network, demos, val_rows, args, device)
                 for name, metric in metrics.items():
                     writer.add_scalar(name, metric, step)
                 if args.save_best and metrics["eval/loss"] < best_loss:
                     best_loss = metrics["eval/loss"]
                     save("best_val.pth", step)
             if envs and args.eval_frequency and step % args.eval_frequency == 0 and not last:
-                seeds = eval_seeds[: args.eval_episodes]
-                summary = summarise(play(envs, policy("argmax"), seeds, args.eval_patience, "evaluation"))
-                for name, metric in episode_metrics(summary).items():
-                    writer.add_scalar(name, metric, step)
-                tqdm.write(f"update {step}: return {in_words(summary['return'])} in {args.eval_episodes} episodes")
-                if args.save_best and summary["return"][0] > best_return:
-                    best_return = summary["return"][0]
+                summaries = {}
+                for name, decode in decodings.items():
+                    games = play(envs, policy(decode), eval_seeds, args.eval_patience, "evaluation")
+                    summaries[name] = summarise(games)
+                    for metric, value in episode_metrics(summaries[name], name).items():
+                        writer.add_scalar(metric, value, step)
+                runs.write_json(run_dir / f"eval_{step}.json", summaries)
+                mean = summaries["policy"]["return"]
+                tqdm.write(f"update {step}: return {in_words(mean)} in {args.eval_episodes} episodes")
+                if args.save_best and mean[0] > best_return:
+                    best_return = mean[0]
                     save("best_model.pth", step, best_return)
             if step % args.save_frequency == 0:
                 save(f"checkpoint_{step}.pth", step)
@@ -1108,22 +1181,24 @@ def main(args: Args) -> dict:
             paused += time.time() - pause
     progress.close()
     if stop_signal and step < args.total_training_steps:
-        writer.close()
-        if envs:
-            envs.close()
-        print(f"stopped after update {step} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}")
-        raise SystemExit(130)
+        leave(f"stopped after update {step} and saved. Go on with: {again}", stopped=True)
 
     # final evaluation
     save("final_model.pth", step)
-    metrics = evaluate(network, demos, val_rows, class_weights, args, device) if len(val_rows) else {}
+    metrics = evaluate(network, demos, val_rows, args, device) if len(val_rows) else {}
     summaries = {}
     if envs and args.final_eval_episodes:
-        players = {"policy": policy("argmax")} | ({"policy, sampled": policy("sample")} if args.eval_sampled else {})
+        players = {name: policy(decode) for name, decode in decodings.items()}
         players |= baselines(envs, demos, played, args) if args.baseline_episodes else {}
-        summaries = final_games(envs, players, eval_seeds, metrics, run_dir, names, args)
-        if args.save_best and summaries["policy"]["return"][0] > best_return:
-            best_return = summaries["policy"]["return"][0]
+        try:
+            results, summaries = final_games(envs, players, metrics, run_dir, names, args)
+        except KeyboardInterrupt:
+            leave(f"stopped in the final evaluation. Play it again with: {again}", stopped=True)
+        own = np.mean(
+            [game["return"] for game in results["policy"][: args.eval_episodes]]
+        )  # on the seeds of the others
+        if args.save_best and own >= best_return:
+            best_return = float(own)
             save("best_model.pth", step, best_return)
     else:
         runs.write_json(run_dir / "eval.json", {"metrics": metrics, "summaries": {}, "episodes": {}})

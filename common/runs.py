@@ -69,10 +69,12 @@ def resume_args(args, may_change: tuple[str, ...]):
         raise FileNotFoundError(
             f"{path} is missing: --resume takes a run folder, such as the newest in {args.run_root}/"
         )
+    flags = {word.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for word in sys.argv if word[:2] == "--"}
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
     for field in dataclasses.fields(args):
         given = getattr(args, field.name)
-        if given == field.default or given == saved.get(field.name) or field.name == "resume":
+        is_given = given != field.default or field.name in flags
+        if not is_given or given == saved.get(field.name) or field.name == "resume":
             continue
         if field.name not in may_change:
             flag = f"--{field.name.replace('_', '-')}"

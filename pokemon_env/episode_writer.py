@@ -14,7 +14,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,11 @@ import numpy as np
 
 FORMAT_VERSION = 1
 COPY_BYTES = 1 << 22  # read or written at once while joining
+CUT = {"truncated": True, "interrupted": True, "success": False, "error": "", "final_info": None}  # ending after a kill
+
+
+class Damaged(OSError):
+    """What is in an episode's folder cannot be read; the message names the file."""
 
 
 @contextmanager
@@ -159,39 +164,93 @@ def write_json(path: Path, value):
         temporary.unlink(missing_ok=True)
 
 
-def join(part: Path, file, crc: int | None, compress: bool) -> Path | None:
+def chunk_paths(part: Path) -> list[Path]:
+    """In their order in time, which is not that of their names after 10,000."""
+    paths = {int(m[1]): path for path in part.iterdir() if (m := re.fullmatch(r"chunk_(\d+)\.json", path.name))}
+    return [paths[number] for number in sorted(paths)]
+
+
+def read_chunk(path: Path) -> dict:
+    """`steps`, and in the last one `ending`. Raises Damaged."""
+    try:
+        chunk = json.loads(path.read_bytes())
+        for label, taken, reward, _, info in chunk["steps"]:
+            types = (
+                isinstance(label, int),
+                isinstance(taken, int),
+                isinstance(reward, int | float),
+                isinstance(info, str),
+            )
+            if not all(types):
+                raise ValueError("a step is not two actions, a reward, done and an info")
+        if missing := CUT.keys() - chunk.get("ending", CUT).keys():
+            raise ValueError(f"its ending lacks {', '.join(sorted(missing))}")
+        return chunk
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is empty or damaged ({error})") from None
+
+
+def read_facts(path: Path) -> dict:
+    """What `Writer.begin` wrote. Raises Damaged."""
+    try:
+        facts = json.loads(path.read_bytes())
+        if len(facts["shape"]) != 3 or not all(isinstance(n, int) and n > 0 for n in facts["shape"]):
+            raise ValueError(f"shape is {facts['shape']}, expected height, width, 3")
+        return facts
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is empty or damaged ({error})") from None
+
+
+def join(part: Path, file, crc: int | None, compress: bool, say: Callable[[str], None] = print) -> Path | None:
     """Make the episode of the folder `part`, whose pictures are in `file`, and remove the folder. None: there was no
-    complete step. `crc`: CRC-32 of the pictures, None to compute it. May be repeated after an error."""
-    facts = json.loads((part / "facts.json").read_text())
+    complete step. `crc`: CRC-32 of the pictures, None to compute it. May be repeated after an error. Ends before a
+    chunk that cannot be read, and says so; raises Damaged where nothing is left then."""
+    facts = read_facts(part / "facts.json")
     shape = tuple(facts["shape"])
     size, start = math.prod(shape), len(picture_head(0, shape, 0)[0])
-    paths = sorted(part.glob("chunk_*.json"))
-    ending = {"truncated": True, "interrupted": True, "success": False, "error": "", "final_info": None}
+    paths, ending, damage = chunk_paths(part), CUT, None
     columns, n_pictures, longest = ([], [], [], []), (os.fstat(file.fileno()).st_size - start) // size, 1
-    for path in paths:  # one at a time: an episode's infos may be large
-        chunk = json.loads(path.read_text())
+    for number in range(len(paths)):  # one at a time: an episode's infos may be large
+        try:
+            chunk = read_chunk(part / f"chunk_{number:04d}.json")
+        except Damaged as error:
+            damage, paths = error, paths[:number]
+            break
         ending = chunk.get("ending", ending)
         for row in chunk["steps"]:
             for column, value in zip(columns, row[:4], strict=True):
                 column.append(value)
             longest = max(longest, len(row[4]))
     T = len(columns[0])
-    if kept := list(part.glob("final_*.npy")):  # it was already being joined: its last picture is no longer in `file`
-        T = int(kept[0].stem.split("_")[1])
-    elif n_pictures <= T:  # killed while pictures were still on their way: the last step lacks where it led
+    kept = {int(path.stem.split("_")[1]) for path in part.glob("final_*.npy")}
+    if kept:  # it was already being joined: its last picture is no longer in `file`
+        T = min(T, *kept)
+    if n_pictures < T + (T not in kept):  # killed while pictures were still on their way: a step lacks where it led
         T = n_pictures - 1
-        ending = ending | {"truncated": True, "interrupted": True}
+    if T < len(columns[0]):
+        ending = CUT | {"error": ending["error"]}
+    if T < 0 and columns[0]:
+        damage = Damaged(f"{part / 'episode.npz'} is empty or damaged (no pictures to {len(columns[0])} steps)")
+    if damage and T <= 0:
+        raise damage
     if T < 0 or (T == 0 and not ending["error"]):
-        file.close()
-        shutil.rmtree(part)
+        with folder_lock(part.parent):
+            file.close()
+            shutil.rmtree(part)
         return None
-    if not kept:
+    if T not in kept:
         file.seek(start + T * size)
         np.save(part / "final.tmp.npy", np.frombuffer(file.read(size), np.uint8).reshape(shape))
         os.replace(part / "final.tmp.npy", part / f"final_{T}.npy")
     final = np.load(part / f"final_{T}.npy")
-    if crc is None:
+    if crc is None or damage:
         crc = crc_of_file(file, start, T * size)
+    if damage:
+        say(f"{damage}. The {T} steps before it are kept")
 
     labels, taken, rewards, dones = (column[:T] for column in columns)
     rewards = np.array(rewards, np.float32)
@@ -260,26 +319,33 @@ def deflate(source: Path, target: Path):
                 shutil.copyfileobj(here, there, COPY_BYTES)
 
 
-def recover(folder: Path, compress: bool) -> list[Path]:
-    """Join what a killed run left in `folder`; its paths. Folders that a running collector fills are let alone."""
+def recover(folder: Path, compress: bool, say: Callable[[str], None] = print) -> list[Path]:
+    """Join what a killed run left in `folder`; its paths. Folders that a running collector fills are let alone, and
+    those that cannot be read too. `say` gets a line for each, at once."""
     joined = []
     for part in sorted(folder.glob("episode_*.part")):
+        left_alone = f": its episode cannot be joined. Move {part} out of the folder"
         with folder_lock(folder):
             try:
                 file = open(part / "episode.npz", "r+b", buffering=0)
             except FileNotFoundError:  # finished meanwhile, killed right after that, or before the first picture
                 finished = any((place / f"{part.stem}.npz").exists() for place in (folder, folder / "failed"))
-                if part.is_dir() and (finished or not any(part.glob("chunk_*.json"))):
+                if part.is_dir() and (finished or not chunk_paths(part)):
                     shutil.rmtree(part)
+                elif part.is_dir():
+                    say(f"{part / 'episode.npz'} is missing{left_alone}")
                 continue
             if not lock(file):
                 file.close()
                 continue
         try:
-            if not (part / "facts.json").exists():  # nothing was played yet
+            if not chunk_paths(part):  # nothing that could be joined was played yet
                 shutil.rmtree(part)
-            elif path := join(part, file, None, compress):
+            elif path := join(part, file, None, compress, say):
                 joined.append(path)
+                say(f"{path}: joined from what a killed run left, up to its last whole chunk")
+        except Damaged as error:
+            say(f"{error}{left_alone}")
         finally:
             file.close()
     return joined

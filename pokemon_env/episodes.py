@@ -17,6 +17,13 @@ MEND = "Move it out of the folder, or collect it again: python collect_expert_da
 DAMAGE = (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
+class _Info(dict):
+    """Reads as JSON where a string was expected before."""
+
+    def __str__(self):
+        return json.dumps(self)
+
+
 class open_observations:
     """`with open_observations(path) as (shape, dtype, stream)`: the frames of an episode as a stream of bytes, so that
     a long episode needs no more memory than a short one, stored or compressed. Raises what `zipfile` raises."""
@@ -38,9 +45,9 @@ class open_observations:
 
 
 def read_episode(path: Path, allow_pickle: bool = False) -> dict:
-    """Everything of an episode but its frames, checked: the arrays of the file, `infos` as dicts, `shape` of the
-    observations, `path`, and `taken_actions`, equal to `actions` where the file has none. Raises ValueError that names
-    the file, what was found, what was expected and the mend."""
+    """Everything of an episode but its frames, checked: the arrays of the file, `infos` as dicts, `final_info` as a
+    dict if it is known, `shape` of the observations, `path`, and `taken_actions`, equal to `actions` where the file has
+    none. Raises ValueError that names the file, what was found, what was expected and the mend."""
     try:
         with np.load(path, allow_pickle=allow_pickle) as file:
             missing = [key for key in ("observations", *PER_STEP, "infos") if key not in file.files]
@@ -84,6 +91,18 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
         raise ValueError(f"{path}: infos are no JSON ({error}). {MEND}") from None
     if not all(isinstance(info, dict) for info in episode["infos"]):
         raise ValueError(f"{path}: infos are not all JSON objects. {MEND}")
+    length, final_info = episode.get("episode_length"), episode.pop("final_info", None)
+    if length is not None and length.ravel().tolist() != [T]:
+        raise ValueError(f"{path}: episode_length is {length}, expected {T}, the number of observations. {MEND}")
+    try:
+        if final_info is not None:
+            final_info = final_info.item() if final_info.dtype == object else json.loads(str(final_info))
+    except ValueError as error:
+        raise ValueError(f"{path}: final_info is no JSON ({error}). {MEND}") from None
+    if not isinstance(final_info, dict | None):
+        raise ValueError(f"{path}: final_info is {type(final_info).__name__}, expected a JSON object or null. {MEND}")
+    if final_info is not None:
+        episode["final_info"] = _Info(final_info)
     if episode["dones"][:-1].any():
         raise ValueError(
             f"{path}: done at step {episode['dones'].argmax()} of {T}, expected one episode a file. {MEND}"
@@ -100,7 +119,7 @@ def read_episodes(folder: Path, allow_pickle: bool = False, digest=None) -> tupl
     """All `episode_*.npz` of a folder, in the order of their names, and the names of the actions. `digest(episode)` may
     change each as it is read: infos of many episodes are too large to keep. Raises ValueError where frames or actions
     differ between them."""
-    paths = sorted(path for path in folder.glob("episode_*.npz") if path.stem.count(".") == 0)  # no .failed.npz
+    paths = episode_paths(folder)
     if not paths:
         raise FileNotFoundError(
             f"{folder} holds no episode_*.npz. Collect some: python collect_expert_data.py --episodes 20"
@@ -112,21 +131,45 @@ def read_episodes(folder: Path, allow_pickle: bool = False, digest=None) -> tupl
             digest(episodes[-1])
     names = _action_names(episodes[0])
     for path, episode in zip(paths, episodes, strict=True):
-        shape, first = episode["shape"][1:], episodes[0]["shape"][1:]
-        if shape != first:
-            raise ValueError(f"{path}: frames are {shape}, in {paths[0].name} {first}. {MEND}")
-        for key in ("env_id", "rom_sha1"):
-            theirs, ours = str(episode.get(key, "")), str(episodes[0].get(key, ""))
-            if theirs != ours:
-                raise ValueError(f"{path}: {key} is {theirs!r}, in {paths[0].name} {ours!r}. Keep games apart. {MEND}")
-        if _action_names(episode) != names:
-            raise ValueError(f"{path}: actions mean {_action_names(episode)}, in {paths[0].name} {names}. {MEND}")
+        if found := other_game(episode, episodes[0], paths[0].name):
+            raise ValueError(f"{path}: {found}. Keep games apart. {MEND}")
         for key in ("actions", "taken_actions"):
             wrong = episode[key][(episode[key] < 0) | (episode[key] >= len(names))]
             if len(wrong):
                 raise ValueError(f"{path}: {key} hold {wrong[0]}, expected 0 to {len(names) - 1}. {MEND}")
             episode[key] = episode[key].astype(np.int64)
     return episodes, names
+
+
+def episode_paths(folder: Path) -> list[Path]:
+    """The episodes of a folder, in the order of their names."""
+    return sorted(path for path in folder.glob("episode_*.npz") if path.stem.count(".") == 0)  # no .failed.npz
+
+
+def read_game(path: Path) -> dict:
+    """What `other_game` compares of an episode, without reading the rest. Raises ValueError naming the file."""
+    try:
+        with np.load(path) as file:
+            game = {key: file[key] for key in ("env_id", "rom_sha1", "action_meanings") if key in file.files}
+        with open_observations(path) as (shape, _, _):
+            return game | {"shape": shape}
+    except PermissionError:
+        raise
+    except (*DAMAGE, ValueError) as error:
+        raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
+
+
+def other_game(episode: dict, first: dict, name: str) -> str:
+    """What tells the game of `episode` from that of `first`, which is called `name`; "" for the same."""
+    theirs, ours = tuple(episode["shape"][1:]), tuple(first["shape"][1:])
+    if theirs != ours:
+        return f"frames are {theirs}, in {name} {ours}"
+    for key in ("env_id", "rom_sha1"):
+        theirs, ours = str(episode.get(key, "")), str(first.get(key, ""))
+        if theirs != ours:
+            return f"{key} is {theirs!r}, in {name} {ours!r}"
+    theirs, ours = _action_names(episode), _action_names(first)
+    return "" if theirs == ours else f"actions mean {theirs}, in {name} {ours}"
 
 
 def _action_names(episode: dict) -> list[str]:

@@ -91,7 +91,7 @@ def n_milestones(info: dict) -> int:
     return len(info.get("milestones", {}).get("completed", ()))
 
 
-def play(envs, act: Act, seeds: list[int], patience: int, desc: str, film=None, ask=False) -> list[dict]:
+def play(envs, act: Act, seeds: list[int], patience: int = 0, desc: str = "", film=None, ask=False) -> list[dict]:
     """The results of one episode per seed, in the order of the seeds: `seed`, `return`, `length`, `milestones` reached
     and `success`, None in a game without a goal. `film(step)` sees the steps of the first one."""
     results = {}
@@ -188,9 +188,7 @@ class Film:
 
     def __call__(self, step: dict):
         buttons = np.arange(len(self.names))
-        rows = {"policy": buttons == step["action"]}
-        if step["info"]["expert_action"] >= 0:
-            rows["expert"] = buttons == step["info"]["expert_action"]
+        rows = {"policy": buttons == step["action"], "expert": buttons == step["info"]["expert_action"]}
         milestones = step["info"].get("milestones", {})
         note = f"seed {step['seed']}  next {milestones['next']}" if milestones else f"seed {step['seed']}"
         drawn = draw_keys(step["obs"].repeat(2, 0).repeat(2, 1), self.names, rows, note)

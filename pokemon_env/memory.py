@@ -6,6 +6,7 @@ that move are found through their pointers. The table, and what was checked on t
 
 import itertools
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -264,10 +265,13 @@ def _bag_bytes(memory: Memory, block1: int, block2: int) -> bytes:
 
 
 def read_items(raw: bytes) -> tuple[tuple[str, int], ...]:
-    """(name, how many); items that `ITEMS` does not name by their number."""
+    """(name, how many); items that `ITEMS` does not name by their number. One item may fill several slots."""
     key, *slots = np.frombuffer(raw, "<u2").tolist()
-    pairs = zip(slots[::2], slots[1::2], strict=True)
-    return tuple((ITEMS.get(item, f"item_{item}"), n ^ key) for item, n in pairs if item)
+    count = Counter()
+    for item, n in zip(slots[::2], slots[1::2], strict=True):
+        if item:
+            count[ITEMS.get(item, f"item_{item}")] += n ^ key
+    return tuple(count.items())
 
 
 def _flags(raw: bytes) -> tuple[tuple[int, ...], frozenset[int]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pokemon_env import EMERALD_ROM, experts
 
-NO_ACTION = -1  # of a step that is not to happen
+NO_ACTION = -2  # of a step that is not to happen; -1 is an expert without an answer
 
 
 class PackedInfo(gym.Wrapper):
@@ -26,6 +26,8 @@ class PackedInfo(gym.Wrapper):
     def __init__(self, env: gym.Env, expert=None):
         super().__init__(env)
         meanings = getattr(env.unwrapped, "get_action_meanings", lambda: None)()
+        self.action_names = list(meanings or map(str, range(int(env.action_space.n))))
+        self.env_id = ""  # make_env's
         if expert is not None and not isinstance(expert, experts.Driver):
             expert = experts.Driver(expert, meanings and list(meanings), int(env.action_space.n))
         self.expert, self.asking, self.over, self.answer = expert, True, False, None
@@ -94,7 +96,9 @@ def make_env(
         raise ValueError(f"{env_id} shows {pictures}, expected RGB pictures: a Box (height, width, 3) of uint8")
     if not (isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         raise ValueError(f"{env_id} takes {actions}, expected Discrete(n) from 0")
-    return PackedInfo(env, expert)
+    env = PackedInfo(env, expert)
+    env.env_id = env_id
+    return env
 
 
 def choose_env(env_id, rom_path, core, init_state, max_steps) -> tuple[str, dict]:

@@ -19,5 +19,15 @@ $PYTHON bc_pokemon.py --exp-name bc_atari --env-id ALE/Pong-v5 --expert $expert 
     --run-root "$OUT/runs" --model-dir "$OUT/models" --max-steps 1000 --total-training-steps "$STEPS" \
     --learning-rate 5e-4 --eval-frequency 0 --final-eval-episodes "$SEEDS" --baseline-episodes "$SEEDS"
 mkdir -p "$(dirname "$RESULTS")"
-cp "$OUT"/runs/*/eval.json "$RESULTS"
-echo "$RESULTS"
+$PYTHON - "$OUT/runs" "$RESULTS" <<'END'
+import json
+import sys
+from pathlib import Path
+
+(run,) = Path(sys.argv[1]).iterdir()
+evaluation, provenance = (json.loads((run / name).read_text()) for name in ("eval.json", "provenance.json"))
+facts = {name: provenance[name] for name in ("commit", "dirty", "torch", "cpu_capability", "threads")}
+facts |= {"command": "benchmarks/train/bc_atari.sh", "metrics": evaluation["metrics"]}
+Path(sys.argv[2]).write_text(json.dumps(facts | {"summaries": evaluation["summaries"]}, indent=1) + "\n")
+print(sys.argv[2])
+END

@@ -11,14 +11,12 @@ cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/bc_pokemon} TQDM_DISABLE=1
 export STEPS=${STEPS:-4000} EPISODES=${EPISODES:-20} SEEDS=${SEEDS:-100} LABELS=${LABELS:-3000}
 RESULTS=${RESULTS:-benchmarks/results/bc_pokemon.json} FIGURE=${FIGURE:-docs/bc_pokemon.png}
-if [ -e "$OUT" ]; then
-    echo "$OUT is there already; runs of two times would be mixed. Move it away, or name another: OUT=build/again" >&2
-    exit 1
-fi
-mkdir -p "$OUT"
+mkdir -p "$OUT" # what is finished there stays as it is; the results name the commit of every run
 
 train() { # name, seed, data, seeds of the evaluation, updates, what is different
     local started=$SECONDS
+    if grep -qs "^files" "$OUT/$1_$2.log"; then return; fi
+    rm -rf "$OUT"/runs/*"__$1__$2__"* "$OUT/models/$1_$2"
     $PYTHON bc_pokemon.py --exp-name "$1" --seed "$2" --expert-data-dir "$OUT/$3" --final-eval-episodes "$4" \
         --total-training-steps "$5" --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60 \
         --run-root "$OUT/runs" --model-dir "$OUT/models/$1_$2" "${@:6}" \
@@ -29,9 +27,11 @@ export -f train
 
 echo "== 1 of 4: $EPISODES episodes of the expert, and as many with two random steps in five"
 started=$SECONDS
-$PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --epsilon 0.4 --expert-data-dir "$OUT/noisy" > "$OUT/noisy.log" 2>&1
-echo "noisy, 1: $((SECONDS - started)) s" | tee -a "$OUT/seconds.txt"
-$PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --expert-data-dir "$OUT/clean" > "$OUT/clean.log" 2>&1
+if [ ! -e "$OUT/clean.log" ]; then
+    $PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --epsilon 0.4 --expert-data-dir "$OUT/noisy" > "$OUT/noisy.log" 2>&1
+    echo "noisy, 1: $((SECONDS - started)) s" | tee -a "$OUT/seconds.txt"
+    $PYTHON collect_expert_data.py --episodes "$EPISODES" --num-workers 2 --expert-data-dir "$OUT/clean" > "$OUT/clean.log" 2>&1
+fi
 
 echo "== 2 of 4: the quick command, everyone on $SEEDS seeds"
 train quick 1 noisy "$SEEDS" "$STEPS" --baseline-episodes "$SEEDS"
@@ -46,7 +46,7 @@ arms() {
         echo "few_labels $seed clean $SEEDS $((STEPS * 3 / 4)) $few --label-budget $LABELS"
     done
     for seed in 1 2 3; do
-        echo "noisy_hybrid $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few --algorithm hybrid"
+        echo "noisy_hybrid $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few --algorithm hybrid --target-frequency 100"
         echo "noisy_bc $seed noisy $((SEEDS / 2)) $((STEPS * 3 / 10)) $few"
     done
 }

@@ -3,7 +3,7 @@
     python benchmarks/train/bc_pokemon_summary.py <folder of runs> <results.json> <picture.png>
 
 Rates have Wilson's intervals, returns bootstrap ones, as the runs computed them. Differences are paired: the same
-evaluation seed under both arms, the mean over the training seeds first, then a bootstrap over the evaluation seeds.
+training and evaluation seed under both arms; the bootstrap draws training seeds and evaluation seeds.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
 
 DIFFERENCES = {"dagger - few_labels": ("dagger", "few_labels"), "noisy_hybrid - noisy_bc": ("noisy_hybrid", "noisy_bc")}
 SAME = ("total_training_steps", "label_budget", "batch_size", "learning_rate", "obs_height", "obs_width")
@@ -34,22 +33,23 @@ def load_runs(folder: Path) -> dict[str, dict[int, dict]]:
 
 
 def paired(arms: dict, one: str, other: str, value: str) -> dict:
-    """Mean difference over evaluation seeds, and its bootstrap interval of 95 %."""
+    """Mean difference over training and evaluation seeds, and its bootstrap interval of 95 %."""
     seeds = sorted(set(arms[one]) & set(arms[other]))
     for name in SAME:
-        first, second = (arms[arm][seeds[0]]["args"][name] for arm in (one, other))
-        if first != second:
-            raise SystemExit(f"{one} and {other} differ in {name}: {first} and {second}")
+        for seed in seeds:
+            first, second = (arms[arm][seed]["args"][name] for arm in (one, other))
+            if first != second:
+                raise SystemExit(f"{one} and {other} differ in {name}: {first} and {second}")
 
-    def results(arm: str) -> np.ndarray:  # (evaluation seeds,)
-        return np.mean([[float(e[value]) for e in arms[arm][seed]["episodes"]["policy"]] for seed in seeds], axis=0)
+    def results(arm: str) -> np.ndarray:  # (training seeds, evaluation seeds)
+        return np.array([[float(e[value]) for e in arms[arm][seed]["episodes"]["policy"]] for seed in seeds])
 
-    difference = results(one) - results(other)
-    interval = difference.mean(), difference.mean()
-    if np.ptp(difference) > 0:
-        interval = bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=0).confidence_interval
-    row = {"mean": float(difference.mean()), "low": float(interval[0]), "high": float(interval[1])}
-    return row | {"training_seeds": seeds, "episodes": len(difference)}
+    difference, rng = results(one) - results(other), np.random.default_rng(0)
+    S, N = difference.shape
+    draws = [difference[rng.integers(S, size=S)][:, rng.integers(N, size=N)].mean() for _ in range(10_000)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    row = {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
+    return row | {"training_seeds": seeds, "episodes": N}
 
 
 def cell(values: list[float]) -> str:
@@ -110,7 +110,12 @@ def main(folder: Path, results: Path, picture: Path):
     settings = {name: value for name, value in quick["args"].items() if name not in places}
     facts |= {"command": "benchmarks/train/bc_pokemon.sh", "args": settings}
     facts["runs"] = {
-        f"{arm}, {seed}": {"metrics": run["metrics"], "summaries": run["summaries"]}
+        f"{arm}, {seed}": {
+            "commit": run["provenance"]["commit"],
+            "dirty": run["provenance"]["dirty"],
+            "metrics": run["metrics"],
+            "summaries": run["summaries"],
+        }
         for arm, runs in arms.items()
         for seed, run in sorted(runs.items())
     }

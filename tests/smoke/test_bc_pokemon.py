@@ -1,5 +1,6 @@
 """bc_pokemon.main on a world of pixels: does it learn, save, stop, go on and evaluate as the page says."""
 
+import errno
 import json
 import os
 import signal
@@ -172,15 +173,52 @@ def test_budgets_that_dagger_cannot_keep_are_refused(data, tmp_path):
 
 def test_dagger_ends_with_the_expert_and_keeps_what_is_learnt(data, tmp_path):
     settings = {"algorithm": "dagger", "expert": "tests/pixel_world.py:raises", "total_training_steps": 20}
-    with pytest.raises(SystemExit, match="no idea.*last.pt"):
+    with pytest.raises(SystemExit, match="no idea.*are kept.*--resume"):
         train(data, tmp_path, **settings)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert load_checkpoint(run_dir / "last.pt")["step"] == 5
+    checkpoint = load_checkpoint(run_dir / "last.pt")
+    assert (checkpoint["step"], checkpoint["rounds_done"]) == (5, 1)
+    assert np.load(run_dir / "dagger_round_1.npz")["labelled"].any()
+
+
+def test_a_full_disk_stops_with_a_message(data, tmp_path, monkeypatch):
+    def full(path, checkpoint):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(bc_pokemon.runs, "save_checkpoint", full)
+    with pytest.raises(SystemExit, match="best_val.pth cannot be written.*No space left.*--resume"):
+        train(data, tmp_path, final_eval_episodes=0)
+
+
+def test_evaluations_on_the_way_keep_their_tables(data, tmp_path):
+    settings = {"eval_frequency": 30, "eval_episodes": 2, "final_eval_episodes": 0, "total_training_steps": 70}
+    run_dir = Path(train(data, tmp_path, **settings)["run_dir"])
+    for step in (30, 60):
+        summaries = json.loads((run_dir / f"eval_{step}.json").read_text())
+        assert set(summaries) == {"policy", "policy, sampled"}
+        assert all(s["episodes"] == 2 and "START" in s["milestones"] for s in summaries.values())
+    assert len(scalars(str(run_dir), "eval/success_rate_sampled")) == 2 and (run_dir / "best_model.pth").exists()
+
+
+def test_flags_at_their_default_hold_beside_resume(data, tmp_path, monkeypatch):
+    settings = {"final_eval_episodes": 0, "total_training_steps": 20}
+    run_dir = train(data, tmp_path, **settings)["run_dir"]
+    default = bc_pokemon.Args().final_eval_episodes
+    monkeypatch.setattr(sys, "argv", ["bc_pokemon.py", "--final-eval-episodes", str(default)])
+    args = bc_pokemon.runs.resume_args(bc_pokemon.Args(resume=run_dir), ("final_eval_episodes",))
+    assert args.final_eval_episodes == default
+    monkeypatch.setattr(sys, "argv", ["bc_pokemon.py", f"--batch-size={bc_pokemon.Args().batch_size}"])
+    with pytest.raises(ValueError, match="--batch-size 64 differs from 32"):
+        bc_pokemon.runs.resume_args(bc_pokemon.Args(resume=run_dir), ("final_eval_episodes",))
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"log_every": 0}, "--log-every 0: expected 1 or more"),
+        ({"learning_rate": -1.0}, "--learning-rate -1.0: expected above 0"),
+        ({"stack_dropout": 0.1}, "--stack-dropout does nothing without --frame-stack above 1"),
+        ({"capture_video": True, "final_eval_episodes": 0}, "--capture-video does nothing without"),
         ({"gamma": 0.9}, "--gamma is for --algorithm hybrid, which is bc"),
         ({"algorithm": "dagger", "prioritized": True}, "--prioritized is for --algorithm hybrid, which is dagger"),
         ({"algorithm": "hybrid", "dagger_steps": 3}, "--dagger-steps is for --algorithm dagger"),
@@ -193,7 +231,7 @@ def test_flags_that_would_do_nothing_are_refused(data, tmp_path, settings, messa
 
 
 def test_frames_of_another_environment_are_refused(data, tmp_path):
-    with pytest.raises(SystemExit, match=r"holds frames \(16, 32, 3\) and 3 actions.*--env-id"):
+    with pytest.raises(SystemExit, match=r"holds frames \(16, 32, 3\) and the actions A, LEFT, RIGHT, .*--env-id"):
         train(data, tmp_path, env_id="pokemon_env:Quest-v0", expert=None)
 
 

@@ -33,7 +33,7 @@ OUTPUT_FILES = (
     "events.parquet episodes.parquet returns.parquet "
     "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
     "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4 "
-    "episode_* dagger_round_* *.pth chunk_* facts.json"
+    "episode_* dagger_round_* eval_*.json *.pth chunk_* facts.json"
 ).split()
 SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl .npz .pth .gba .c".split()
 

@@ -224,7 +224,9 @@ def envs():
 def test_evaluate_beside_its_baselines():
     demos, rows = demonstrations((4, 6)), np.r_[0:4, 5:11]
     actions = demos.rows["action"][rows]
-    metrics = bc_pokemon.evaluate(Fixed([0.0, 5.0, 0.0, 0.0]), demos, rows, torch.ones(4), Args(), "cpu")
+    metrics = bc_pokemon.evaluate(Fixed([0.0, 5.0, 0.0, 0.0]), demos, rows, Args(), "cpu")
+    losses = -torch.log_softmax(torch.tensor([0.0, 5.0, 0.0, 0.0]), 0).numpy()[actions]
+    assert metrics["eval/loss"] == pytest.approx(losses.mean(), abs=1e-6)  # unseen actions cost as much
     assert metrics["eval/accuracy"] == pytest.approx((actions == 1).mean())
     assert metrics["eval/accuracy_majority"] == pytest.approx(np.bincount(actions).max() / 10)
     pairs = [(a, b) for part in (actions[:4], actions[4:]) for a, b in zip(part, part[1:], strict=False)]
@@ -240,7 +242,8 @@ def test_dagger_labels_different_pictures_of_whole_episodes(envs, tmp_path, shar
         return np.ones(len(frames), int)
 
     args = Args(obs_height=8, obs_width=16, dagger_patience=6, dagger_steps=steps)
-    episodes = bc_pokemon.label_by_expert(envs, left, share, list(range(20, 25)), args)
+    episodes, error = bc_pokemon.label_by_expert(envs, left, share, list(range(20, 25)), args)
+    assert error == "" and all(e["by_student"].all() == (share == 0) for e in episodes)
     said, taken = (np.concatenate([e[name] for e in episodes]) for name in ("action", "taken"))
     assert len(episodes) == 5 and np.mean(said == taken) == agree
     assert all(e["stage"].max() == (2 if share else 1) for e in episodes)  # up to the last step before the end
@@ -254,14 +257,31 @@ def test_dagger_labels_different_pictures_of_whole_episodes(envs, tmp_path, shar
     assert pixels.shape == (len(rows), 3, 8, 16) and len(np.unique(pixels.flatten(1), axis=0)) == len(rows)
 
 
-def test_dagger_stops_where_the_expert_fails(envs):
-    def fails(frames, infos, begun):
-        return np.ones(len(frames), int)
+def test_labels_up_to_the_experts_failure_are_kept():
+    def walks(frames, infos, begun):
+        return np.full(len(frames), pixel_world.RIGHT)
 
-    bad = pixel_world.vector(2, "raises")
-    with pytest.raises(ValueError, match="the expert failed: RuntimeError: no idea"):
-        bc_pokemon.label_by_expert(bad, fails, 1.0, list(range(6)), Args(dagger_steps=5))
-    bad.close()
+    envs = pixel_world.vector(2, "raises")  # before the door
+    far = [seed for seed in range(50) if np.random.default_rng(seed).integers(4) == 0]
+    episodes, error = bc_pokemon.label_by_expert(envs, walks, 1.0, far[:6], Args())
+    envs.close()
+    assert "the expert failed: RuntimeError: no idea" in error
+    assert 0 < sum(e["labelled"].sum() for e in episodes) and all((e["action"] >= 0).all() for e in episodes)
+
+
+@pytest.mark.parametrize("frame_stack, state_inputs", [(2, "none"), (1, "milestone")])
+def test_inputs_differ_where_the_network_sees_a_difference(envs, frame_stack, state_inputs):
+    def to_and_fro(frames, infos, begun):
+        return np.array([pixel_world.LEFT if info and info["x"] == 3 else pixel_world.RIGHT for info in infos])
+
+    args = Args(obs_height=8, obs_width=16, dagger_patience=12, frame_stack=frame_stack, state_inputs=state_inputs)
+    episodes, _ = bc_pokemon.label_by_expert(envs, to_and_fro, 0.0, [1, 2, 3], args)
+    seen = set()
+    for e in episodes:
+        for t in range(len(e["action"])):
+            first = max(0, t + 1 - frame_stack)
+            seen.add((e["frames"][first : t + 1].tobytes(), e["features"][t].tobytes()))
+    assert sum(e["labelled"].sum() for e in episodes) == len(seen)
 
 
 def test_action_statistics_count_seen_actions_only():
@@ -362,6 +382,10 @@ def damage(path, kind):
             "another ROM": {"rom_sha1": "beef"},
             "infos pickled": {"infos": np.array([{"bomb": Bomb()}] * 5, dtype=object)},
             "final of another size": {"final_observation": np.zeros((4, 4, 3), np.uint8)},
+            "final info no JSON": {"final_info": '{"x": '},
+            "final info no object": {"final_info": "[1]"},
+            "length too high": {"episode_length": 6},
+            "length no number": {"episode_length": [5, 5]},
         }[kind]
         write_episode(path, **bad)
 
@@ -388,6 +412,10 @@ DAMAGES = {
     "another ROM": "rom_sha1 is 'beef', in episode_0001.npz ''",
     "infos pickled": "pickled Python objects.*--allow-pickle",
     "final of another size": "final_observation is uint8",
+    "final info no JSON": "final_info is no JSON",
+    "final info no object": "final_info is list, expected a JSON object or null",
+    "length too high": "episode_length is 6, expected 5",
+    "length no number": "episode_length is .*, expected 5",
 }
 
 
@@ -436,6 +464,18 @@ def test_trusted_pickles_open_when_asked_for(tmp_path):
     write_episode(tmp_path / "episode_0001.npz", infos=infos)
     (episode,), names = read_episodes(tmp_path, allow_pickle=True)
     assert episode["infos"][4]["milestones"]["completed"] == ["A"] and names[:2] == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "stored,read",
+    [('{"x": 3}', {"x": 3}), ("null", None), (np.array({"x": 3}, dtype=object), {"x": 3}), (None, None)],
+)
+def test_final_infos_are_read(tmp_path, stored, read):
+    write_episode(tmp_path / "episode_0001.npz", **({} if stored is None else {"final_info": stored}))
+    episode = read_episode(tmp_path / "episode_0001.npz", allow_pickle=True)
+    assert episode.get("final_info") == read
+    args = Args(expert_data_dir=str(tmp_path), allow_pickle=True)
+    assert bc_pokemon.load_episodes(args)[0][0]["features"].shape[0] == 6
 
 
 def test_failed_episodes_are_no_data(tmp_path):
