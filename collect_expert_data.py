@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from pokemon_env import EMERALD_ROM, experts
 from pokemon_env.episode_writer import Writer, recover
-from pokemon_env.episodes import open_observations
+from pokemon_env.episodes import episode_paths, open_observations, other_game, read_game
 from pokemon_env.wrappers import choose_env, make_env
 
 
@@ -40,7 +40,7 @@ class Args:
     expert: str = "scripted"
     """scripted, random[:seed], keyboard, replay:FILE, checkpoint:RUN_OR_FILE or path/to/file.py:factory"""
     expert_data_dir: Path = Path("expert_data")
-    """folder the episodes go to; what is in it stays"""
+    """folder the episodes go to, one game each; what is in it stays"""
     seed: int = 1
     """episode n of the folder is reset with seed + n"""
     epsilon: float = 0.0
@@ -57,10 +57,10 @@ class Args:
     init_state: Path | None = None
     """save-state that episodes begin from; None: power on"""
     max_steps: int | None = None
-    """steps after which an episode is cut; None: the environment's own limit"""
+    """steps after which an episode is cut, in place of the environment's own limit; 0 or None: that limit"""
 
     compress: bool = False
-    """deflate the files; a sixth of the size, and the trainer has to unpack them first"""
+    """deflate the files: the quest's become 28 times smaller, and the trainer has to unpack them first"""
     chunk_steps: int = 256
     """steps that a killed run loses at most, 1 or more"""
     record_video: bool = False
@@ -124,6 +124,10 @@ PLAY, END = 0, 1  # what a recorder is told
 SLICE_S = 0.1  # seconds that it plays on its own
 
 
+class GameError(Exception):
+    """The game raised an OSError, raised from it; one without this is the data folder's."""
+
+
 class Recorder(gym.Env):
     """An environment with an expert and a writer. One step of it plays on for SLICE_S and writes what happens, so that
     pictures stay in the process that sees them. Its info holds a report as JSON: steps and labels since the last one,
@@ -170,7 +174,8 @@ class Recorder(gym.Env):
                 self.news["problem"] += ". The finished episodes are whole. Free some space and start again"
             self.drop()
         except Exception as error:  # the game's own
-            traceback.print_exc()
+            error = error.__cause__ if isinstance(error, GameError) else error
+            traceback.print_exception(error)
             self.news["problem"] = f"{self.facts['env_id']} failed: {experts.describe(error)}"
             self.quietly(self.interrupt)
         return {"report": json.dumps(self.news)}
@@ -182,12 +187,19 @@ class Recorder(gym.Env):
             self.news["problem"] = self.news["problem"] or f"{self.args.expert_data_dir}: {error.strerror or error}"
             self.drop()
 
+    def game(self, act, *args, **options):
+        """What `act` of the environment returns."""
+        try:
+            return act(*args, **options)
+        except OSError as error:
+            raise GameError from error
+
     def begin(self):
         args = self.args
         self.writer = Writer.begin(args.expert_data_dir, args.seed, self.fixed_seed, self.facts, args.chunk_steps)
         seed, self.state = self.writer.facts["seed"], None
         self.rng, self.episode_return = np.random.default_rng([seed, 1]), 0.0
-        obs, self.state = self.env.reset(seed=seed)
+        obs, self.state = self.game(self.env.reset, seed=seed)
         self.writer.observe(np.ascontiguousarray(obs))
         self.check(False, False)
 
@@ -198,7 +210,7 @@ class Recorder(gym.Env):
             taken = label
             if self.args.epsilon and self.rng.random() < self.args.epsilon:
                 taken = int(self.rng.integers(len(self.facts["action_meanings"])))
-            obs, reward, terminated, truncated, self.state = self.env.step(taken)
+            obs, reward, terminated, truncated, self.state = self.game(self.env.step, taken)
             self.writer.step(label, taken, reward, terminated or truncated, info)
             self.writer.observe(np.ascontiguousarray(obs))
             self.episode_return += reward
@@ -360,14 +372,16 @@ def collect(args: Args, workers: list, tally: Tally, stop: "Stop", bar: tqdm):
 
 # the table ------------------------------------------------------------------------------------------------------------
 def summarise(tally: Tally) -> dict:
-    """Numbers over the episodes that came to their end."""
+    """Numbers over the episodes that came to their end; those without a step are `empty`."""
     failed = [e for e in tally.episodes if e["error"]]
     cut = [e for e in tally.episodes if e["interrupted"] and e["length"]]
-    whole = [e for e in tally.episodes if not e["error"] and not e["interrupted"]]
+    ended = [e for e in tally.episodes if not e["error"] and not e["interrupted"]]
+    whole = [e for e in ended if e["length"]]
     counts = np.zeros(len(tally.names), int) if tally.actions is None else tally.actions
     reached = list(dict.fromkeys(name for e in whole for name in e["milestones"]))
     return {
         "episodes": len(whole),
+        "empty": len(ended) - len(whole),
         "failed": {e["number"]: e["error"] for e in failed},
         "interrupted": [e["number"] for e in cut],
         "returns": [e["return"] for e in whole],
@@ -435,7 +449,7 @@ def check(args: Args):
         ("num_workers", 1, None),
         ("chunk_steps", 1, None),
         ("video_fps", 1, None),
-        ("max_steps", 1, None),
+        ("max_steps", 0, None),
         ("epsilon", 0, 1),
     ):
         value = getattr(args, name)
@@ -450,9 +464,19 @@ def check(args: Args):
         raise ValueError(f"--expert-data-dir {args.expert_data_dir} is a file, expected a folder")
 
 
+def check_folder(folder: Path, facts: dict):
+    """Raise ValueError where the episodes of `folder` are not of the game of `facts`; looks at the first of them."""
+    for path in episode_paths(folder)[:1]:
+        if found := other_game({**facts, "shape": (0, *facts["shape"])}, read_game(path), path.name):
+            raise ValueError(
+                f"{folder} holds another game: now {found}. Name another folder by --expert-data-dir, "
+                f"or the same --env-id and --rom-path"
+            )
+
+
 def main(args: Args) -> dict:
-    """Collect, then print the table. Returns what is in it, `paths` and `recovered`. Exit status 1 if an episode failed
-    or the disk is full, 130 after Ctrl-C."""
+    """Collect, then print the table. Returns what is in it, and `recovered`. Exit status 1 if an episode failed,
+    none has a step or the disk is full, 130 after Ctrl-C."""
     stop, workers = Stop(), []
     try:
         check(args)
@@ -463,10 +487,13 @@ def main(args: Args) -> dict:
         args.expert_data_dir.mkdir(parents=True, exist_ok=True)
         recovered = recover(args.expert_data_dir, args.compress)
         recorder = Recorder(args, where, fixed_seed, stop)
+        try:
+            check_folder(args.expert_data_dir, recorder.facts)
+        except (ValueError, OSError):
+            recorder.close()
+            raise
     except (ValueError, OSError, ImportError, gym.error.Error) as error:
         raise SystemExit(str(error)) from None
-    for path in recovered:
-        print(f"{path}: joined from what a killed run left, up to its last whole chunk")
     n_workers = min(args.num_workers, args.episodes)
     by = f"{n_workers} workers" if n_workers > 1 else "this process"
     env_id, tally = recorder.facts["env_id"], Tally(recorder.facts["action_meanings"])
@@ -502,6 +529,8 @@ def main(args: Args) -> dict:
         print(f"episode {number:04d} failed: {error}")
     if summary["interrupted"]:
         print("cut short: episodes " + ", ".join(f"{number:04d}" for number in summary["interrupted"]))
+    if summary["empty"]:
+        print(f"episodes that ended before their first step, without a file: {summary['empty']}")
     print(f"files in {args.expert_data_dir}" + ("; failed ones in failed, not for training" * bool(summary["failed"])))
     if stop.received:
         print(tally.problem or "stopped by Ctrl-C")
@@ -510,6 +539,8 @@ def main(args: Args) -> dict:
         raise SystemExit(tally.problem)
     if summary["failed"]:
         raise SystemExit(f"{len(summary['failed'])} of {len(tally.episodes)} episodes failed")
+    if not summary["episodes"]:
+        raise SystemExit(f"no episode was collected: --expert {args.expert} ended all {args.episodes} at once")
     return summary | {"recovered": recovered}
 
 

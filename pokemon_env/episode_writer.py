@@ -174,14 +174,9 @@ def read_chunk(path: Path) -> dict:
     """`steps`, and in the last one `ending`. Raises Damaged."""
     try:
         chunk = json.loads(path.read_bytes())
-        for label, taken, reward, _, info in chunk["steps"]:
-            types = (
-                isinstance(label, int),
-                isinstance(taken, int),
-                isinstance(reward, int | float),
-                isinstance(info, str),
-            )
-            if not all(types):
+        for label, taken, reward, done, info in chunk["steps"]:
+            types = [type(value) for value in (label, taken, done, info)]
+            if types != [int, int, bool, str] or not isinstance(reward, int | float):
                 raise ValueError("a step is not two actions, a reward, done and an info")
         if missing := CUT.keys() - chunk.get("ending", CUT).keys():
             raise ValueError(f"its ending lacks {', '.join(sorted(missing))}")
@@ -226,10 +221,15 @@ def join(part: Path, file, crc: int | None, compress: bool, say: Callable[[str],
                 column.append(value)
             longest = max(longest, len(row[4]))
     T = len(columns[0])
-    kept = {int(path.stem.split("_")[1]) for path in part.glob("final_*.npy")}
+    final, kept = None, {int(path.stem.split("_")[1]): path for path in part.glob("final_*.npy")}
     if kept:  # it was already being joined: its last picture is no longer in `file`
         T = min(T, *kept)
-    if n_pictures < T + (T not in kept):  # killed while pictures were still on their way: a step lacks where it led
+    if T in kept:
+        try:
+            final = np.load(kept[T])
+        except (ValueError, EOFError):
+            T -= 1
+    if n_pictures < T + (final is None):  # killed while pictures were still on their way: a step lacks where it led
         T = n_pictures - 1
     if T < len(columns[0]):
         ending = CUT | {"error": ending["error"]}
@@ -242,11 +242,11 @@ def join(part: Path, file, crc: int | None, compress: bool, say: Callable[[str],
             file.close()
             shutil.rmtree(part)
         return None
-    if T not in kept:
+    if final is None:
         file.seek(start + T * size)
-        np.save(part / "final.tmp.npy", np.frombuffer(file.read(size), np.uint8).reshape(shape))
+        final = np.frombuffer(file.read(size), np.uint8).reshape(shape)
+        np.save(part / "final.tmp.npy", final)
         os.replace(part / "final.tmp.npy", part / f"final_{T}.npy")
-    final = np.load(part / f"final_{T}.npy")
     if crc is None or damage:
         crc = crc_of_file(file, start, T * size)
     if damage:
@@ -320,8 +320,8 @@ def deflate(source: Path, target: Path):
 
 
 def recover(folder: Path, compress: bool, say: Callable[[str], None] = print) -> list[Path]:
-    """Join what a killed run left in `folder`; its paths. Folders that a running collector fills are let alone, and
-    those that cannot be read too. `say` gets a line for each, at once."""
+    """Join what a killed run left in `folder`; its paths. Folders that a running collector fills and folders that
+    cannot be read are let alone. `say` gets a line for each episode joined or damaged."""
     joined = []
     for part in sorted(folder.glob("episode_*.part")):
         left_alone = f": its episode cannot be joined. Move {part} out of the folder"

@@ -6,7 +6,6 @@ float, `dones` (T,) bool, `infos` (T,) JSON strings. More keys are welcome; docs
 
 import json
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,6 @@ from tqdm import tqdm
 
 PER_STEP = {"actions": ("iu", "int32"), "rewards": ("f", "float32"), "dones": ("b", "bool")}  # kinds of dtype, expected
 MEND = "Move it out of the folder, or collect it again: python collect_expert_data.py"
-DAMAGE = (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
-
-
-class _Info(dict):
-    """Reads as JSON where a string was expected before."""
-
-    def __str__(self):
-        return json.dumps(self)
 
 
 class open_observations:
@@ -46,8 +37,8 @@ class open_observations:
 
 def read_episode(path: Path, allow_pickle: bool = False) -> dict:
     """Everything of an episode but its frames, checked: the arrays of the file, `infos` as dicts, `final_info` as a
-    dict if it is known, `shape` of the observations, `path`, and `taken_actions`, equal to `actions` where the file has
-    none. Raises ValueError that names the file, what was found, what was expected and the mend."""
+    dict, None where it is not known, `shape` of the observations, `path`, and `taken_actions`, equal to `actions` where
+    the file has none. Raises ValueError that names the file, what was found, what was expected and the mend."""
     try:
         with np.load(path, allow_pickle=allow_pickle) as file:
             missing = [key for key in ("observations", *PER_STEP, "infos") if key not in file.files]
@@ -68,10 +59,10 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
         raise FileNotFoundError(f"{path} is missing. Collect it: python collect_expert_data.py") from None
     except PermissionError:
         raise
-    except DAMAGE as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}. {MEND}") from None
+    except Exception as error:  # zip and NumPy raise a dozen kinds for damaged bytes
+        raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or 0 in shape:
         raise ValueError(f"{path}: observations are {dtype} {shape}, expected uint8 (T, height, width, 3). {MEND}")
     T = shape[0]
@@ -91,7 +82,7 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
         raise ValueError(f"{path}: infos are no JSON ({error}). {MEND}") from None
     if not all(isinstance(info, dict) for info in episode["infos"]):
         raise ValueError(f"{path}: infos are not all JSON objects. {MEND}")
-    length, final_info = episode.get("episode_length"), episode.pop("final_info", None)
+    length, final_info = episode.get("episode_length"), episode.get("final_info")
     if length is not None and length.ravel().tolist() != [T]:
         raise ValueError(f"{path}: episode_length is {length}, expected {T}, the number of observations. {MEND}")
     try:
@@ -101,8 +92,7 @@ def read_episode(path: Path, allow_pickle: bool = False) -> dict:
         raise ValueError(f"{path}: final_info is no JSON ({error}). {MEND}") from None
     if not isinstance(final_info, dict | None):
         raise ValueError(f"{path}: final_info is {type(final_info).__name__}, expected a JSON object or null. {MEND}")
-    if final_info is not None:
-        episode["final_info"] = _Info(final_info)
+    episode["final_info"] = final_info
     if episode["dones"][:-1].any():
         raise ValueError(
             f"{path}: done at step {episode['dones'].argmax()} of {T}, expected one episode a file. {MEND}"
@@ -155,19 +145,19 @@ def read_game(path: Path) -> dict:
             return game | {"shape": shape}
     except PermissionError:
         raise
-    except (*DAMAGE, ValueError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"{path} is cut off or damaged ({error}). {MEND}") from None
 
 
 def other_game(episode: dict, first: dict, name: str) -> str:
     """What tells the game of `episode` from that of `first`, which is called `name`; "" for the same."""
-    theirs, ours = tuple(episode["shape"][1:]), tuple(first["shape"][1:])
-    if theirs != ours:
-        return f"frames are {theirs}, in {name} {ours}"
     for key in ("env_id", "rom_sha1"):
         theirs, ours = str(episode.get(key, "")), str(first.get(key, ""))
         if theirs != ours:
             return f"{key} is {theirs!r}, in {name} {ours!r}"
+    theirs, ours = tuple(episode["shape"][1:]), tuple(first["shape"][1:])
+    if theirs != ours:
+        return f"frames are {theirs}, in {name} {ours}"
     theirs, ours = _action_names(episode), _action_names(first)
     return "" if theirs == ours else f"actions mean {theirs}, in {name} {ours}"
 

@@ -1,6 +1,7 @@
-"""A player of Atari's Pong that looks at the picture only: it moves its paddle to the height of the ball.
+r"""A player of Atari's Pong that looks at the picture only: it moves its paddle to the height of the ball.
 
-python collect_expert_data.py --env-id ALE/Pong-v5 --expert benchmarks/train/pong_expert.py:make_expert
+python collect_expert_data.py --env-id ALE/Pong-v5 --expert benchmarks/train/pong_expert.py:make_expert \
+    --expert-data-dir expert_data/pong
 """
 
 import numpy as np

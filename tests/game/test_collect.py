@@ -48,7 +48,7 @@ def test_the_expert_finishes_the_quest_and_every_file_is_whole(tmp_path):
         infos = episode["infos"]
         assert [info["step_count"] for info in infos] == list(range(T))
         assert [info["prev_action"] for info in infos] == [None, *episode["actions"][:-1].tolist()]
-        final = json.loads(str(episode["final_info"]))
+        final = episode["final_info"]
         assert final["step_count"] == T and final["milestones"]["next"] is None
         assert final["milestones"]["completed"][-1] == "FIRST_GYM_COMPLETE"
         assert set(final["milestones"]["completed"]) == {milestone.id for milestone in QUEST_MILESTONES}

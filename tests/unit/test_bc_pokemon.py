@@ -353,6 +353,13 @@ def damage(path, kind):
         path.write_bytes(path.read_bytes()[:500])
     elif kind == "no zip":
         path.write_bytes(b"not a zip at all")
+    elif kind == "no archive":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind == "unknown compression":
+        content = bytearray(path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + 10] = 77  # the method of the last member
+        path.write_bytes(content)
     elif kind == "flipped byte":
         content = bytearray(path.read_bytes())
         content[5000] ^= 1
@@ -394,6 +401,8 @@ DAMAGES = {
     "truncated": "cut off or damaged",
     "cut inside": "cut off or damaged",
     "no zip": "cut off or damaged|pickle",
+    "no archive": "cut off or damaged",
+    "unknown compression": "cut off or damaged",
     "flipped byte": "cut off or damaged",
     "key missing": "lacks rewards",
     "wrong shape": r"observations are uint8 \(5, 20, 30\), expected uint8 \(T, height, width, 3\)",

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from collect_expert_data import Args, main
-from pokemon_env import episode_writer
+from pokemon_env import episode_writer, experts
 from pokemon_env.episode_writer import Writer, crc_of_both, recover
-from pokemon_env.episodes import read_episodes
+from pokemon_env.episodes import read_episode, read_episodes
+from pokemon_env.experts import EpisodeEnd
+from tests import fake_games
 
 ROOT = Path(__file__).parents[2]
 GAME = "tests.fake_games:Corridor-v0"
@@ -119,6 +121,14 @@ def test_an_episode_that_reaches_the_limit_is_truncated(tmp_path):
         assert episode["episode_length"] == 6 and episode["dones"].tolist() == [False] * 5 + [True]
 
 
+def test_a_limit_of_0_is_the_environments_own(tmp_path):
+    collect(tmp_path / "a")
+    collect(tmp_path / "b", max_steps=0)
+    assert names(tmp_path / "a") == names(tmp_path / "b")
+    for path in (tmp_path / "a").glob("*.npz"):
+        assert same(load(path), load(tmp_path / "b" / path.name))
+
+
 def test_actions_without_names_are_called_by_their_number(tmp_path):
     collect(tmp_path, expert="random", env_id="tests.fake_games:Nameless-v0", max_steps=5)
     assert load(tmp_path / "episode_0001.npz")["action_meanings"].tolist() == ["0", "1", "2", "3"]
@@ -183,6 +193,43 @@ def test_an_expert_that_fails_at_once_leaves_no_labels(tmp_path):
     assert load(tmp_path / "failed" / "episode_0001.npz")["observations"].shape == (0, 8, 6, 3)
 
 
+class Finished:
+    """Has nothing to play in the first `empty` episodes."""
+
+    empty = 0
+
+    def reset(self, info):
+        self.over, Finished.empty = Finished.empty > 0, Finished.empty - 1
+
+    def get_action(self, obs, info):
+        if self.over:
+            raise EpisodeEnd("nothing to play")
+        return "RIGHT"
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    monkeypatch.setattr(experts, "make_expert", lambda *_: Finished())
+
+
+def test_a_run_without_a_step_collects_nothing(tmp_path, capsys, monkeypatch, finished):
+    monkeypatch.setattr(Finished, "empty", 3)
+    with pytest.raises(SystemExit, match="no episode was collected: --expert .*:Finished ended all 3 at once"):
+        collect(tmp_path, expert="Finished")
+    out = capsys.readouterr().out
+    assert "before their first step, without a file: 3" in out and "START" not in out
+    assert names(tmp_path) == []
+
+
+def test_episodes_without_a_step_are_not_counted(tmp_path, capsys, monkeypatch, finished):
+    monkeypatch.setattr(Finished, "empty", 1)
+    summary = collect(tmp_path, episodes=3)
+    assert summary["episodes"] == 2 and summary["empty"] == 1 and min(summary["lengths"]) > 5
+    assert summary["milestones"] == {"START": 2, "HALF": 2, "END": 2} and summary["success"] == [True] * 2
+    assert "before their first step, without a file: 1" in capsys.readouterr().out
+    assert names(tmp_path) == ["episode_0001.npz", "episode_0002.npz"]  # the number of the empty one is taken again
+
+
 # kills, Ctrl-C, crashes -----------------------------------------------------------------------------------------------
 def subprocess_collect(folder: Path, expert: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "collect_expert_data.py", "--env-id", GAME, "--expert-data-dir", str(folder)]
@@ -240,11 +287,34 @@ def begin(folder: Path, chunk_steps: int = 4) -> Writer:
     return Writer.begin(folder, 1, None, FACTS, chunk_steps)
 
 
+ENDING = {"truncated": False, "interrupted": False, "success": True, "error": "", "final_info": "{}"}
+
+
 def fill(writer: Writer, pictures: int, steps: int):
     for t in range(pictures):
         writer.observe(np.full((4, 5, 3), t, np.uint8))
         if t < steps:
             writer.step(t, t + 1, t / 2, False, json.dumps({"t": "x" * t}))
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), OSError(28, "No space left")])
+def test_an_oserror_of_the_game_is_not_the_folders(tmp_path, monkeypatch, error):
+    def step(self, action):
+        if self.steps == 6:
+            raise error
+        return walk(self, action)
+
+    walk = fake_games.Corridor.step
+    monkeypatch.setattr(fake_games.Corridor, "step", step)
+    with pytest.raises(SystemExit) as stopped:
+        collect(tmp_path, chunk_steps=100)
+    assert str(stopped.value.code).startswith(f"{GAME} failed: {type(error).__name__}: [Errno {error.errno}]")
+    assert load(tmp_path / "episode_0001.npz")["episode_length"] == 6  # its unfinished chunk too
+    monkeypatch.setattr(fake_games.Corridor, "steps", 6, raising=False)
+    monkeypatch.setattr(fake_games.Corridor, "reset", lambda self, **_: self.step(0))
+    with pytest.raises(SystemExit, match=f"{GAME} failed: {type(error).__name__}"):
+        collect(tmp_path)
+    assert names(tmp_path) == ["episode_0001.npz"]
 
 
 @pytest.mark.parametrize("pictures,steps,expected", [(8, 8, 7), (9, 8, 8), (10, 9, 8), (3, 3, None), (0, 0, None)])
@@ -263,7 +333,6 @@ def test_recovered_episodes_know_where_their_last_step_led(tmp_path, pictures, s
 
 
 def test_a_run_killed_while_joining_is_joined_again(tmp_path, monkeypatch):
-    ending = {"truncated": False, "interrupted": False, "success": True, "error": "", "final_info": "{}"}
     for fails_at in ("rename", "truncate", "chunk"):
         writer = begin(tmp_path)
         fill(writer, 7, 6)
@@ -275,12 +344,111 @@ def test_a_run_killed_while_joining_is_joined_again(tmp_path, monkeypatch):
             else:
                 patch.setattr(episode_writer, "join", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                writer.close(ending, compress=False)
+                writer.close(ENDING, compress=False)
         (path,) = recover(tmp_path, False)
         episode = load(path)
         assert zipfile.ZipFile(path).testzip() is None
         assert episode["success"] and not episode["interrupted"] and len(episode["observations"]) == 6
         assert (episode["final_observation"] == 6).all()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_more_than_ten_thousand_chunks_keep_their_order(tmp_path, killed):
+    writer = begin(tmp_path, chunk_steps=1)
+    writer.chunks = 9998
+    fill(writer, 5, 4)
+    for number in range(9998):
+        (writer.part / f"chunk_{number:04d}.json").write_text('{"steps": []}')
+    if killed:
+        writer.file.close()
+        recover(tmp_path, False)
+    else:
+        writer.close(ENDING, compress=False)
+    episode = load(tmp_path / "episode_0001.npz")
+    assert episode["actions"].tolist() == [0, 1, 2, 3] and episode["observations"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert [len(json.loads(str(info))["t"]) for info in episode["infos"]] == [0, 1, 2, 3]
+
+
+STEP = '[1, 1, 0.5, false, "{}"]'
+DAMAGES = {
+    "empty": b"",
+    "zeros": bytes(100),
+    "half": b'{"steps": [[0, 1, 0.0, fal',
+    "no object": b"[]",
+    "no steps": b"{}",
+    "a short step": b'{"steps": [[1, 2]]}',
+    "no label": f'{{"steps": [{STEP.replace("1", "null", 1)}]}}'.encode(),
+    "not utf-8": b'{"steps": "\xff"}',
+    "half an ending": b'{"steps": [], "ending": {"error": ""}}',
+    "missing": None,
+}
+
+
+def spoil(path: Path, kind: str):
+    path.unlink() if DAMAGES[kind] is None else path.write_bytes(DAMAGES[kind])
+
+
+@pytest.mark.parametrize("joining", [False, True])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_what_is_before_a_damaged_chunk_is_kept(tmp_path, capsys, monkeypatch, kind, joining):
+    damaged, whole = begin(tmp_path), begin(tmp_path)
+    for writer in (damaged, whole):
+        fill(writer, 15, 14)
+        if joining:  # it was killed when its last picture was already cut off
+            with monkeypatch.context() as patch:
+                patch.setattr(episode_writer.np.lib.format, "write_array", lambda *_, **__: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    writer.close(ENDING, compress=False)
+        writer.file.close()
+    spoil(damaged.part / "chunk_0001.json", kind)
+    assert [path.name for path in recover(tmp_path, False)] == ["episode_0001.npz", "episode_0002.npz"]
+    out = capsys.readouterr().out
+    assert f"{damaged.part / 'chunk_0001.json'} is " in out and "The 4 steps before it are kept" in out
+    assert "episode_0001.npz: joined" in out and "chunk_0000" not in out and "chunk_0002" not in out
+    episode = load(tmp_path / "episode_0001.npz")
+    assert zipfile.ZipFile(tmp_path / "episode_0001.npz").testzip() is None
+    assert episode["actions"].tolist() == [0, 1, 2, 3] and episode["observations"][:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert (episode["final_observation"] == 4).all() and episode["interrupted"] and not episode["success"]
+    assert str(episode["final_info"]) == "null" and len(episode["infos"]) == 4
+    assert load(tmp_path / "episode_0002.npz")["episode_length"] == (14 if joining else 12)
+    assert names(tmp_path) == ["episode_0001.npz", "episode_0002.npz"]
+    assert read_episode(tmp_path / "episode_0001.npz")["shape"] == (4, 4, 5, 3)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100)], ids=["empty", "zeros"])
+def test_a_last_picture_that_cannot_be_read_costs_one_step(tmp_path, monkeypatch, content):
+    writer = begin(tmp_path)
+    fill(writer, 7, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(episode_writer.os, "rename", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.close(ENDING, compress=False)
+    (writer.part / "final_6.npy").write_bytes(content)
+    (path,) = recover(tmp_path, False)
+    episode = read_episode(path)
+    assert episode["actions"].tolist() == [0, 1, 2, 3, 4] and (episode["final_observation"] == 5).all()
+    assert episode["interrupted"] and episode["final_info"] is None
+
+
+@pytest.mark.parametrize("file", ["facts.json", "chunk_0000.json", "episode.npz"])
+@pytest.mark.parametrize("kind", ["empty", "half", "no object", "no steps", "missing"])
+def test_a_folder_that_cannot_be_joined_is_named_and_let_alone(tmp_path, capsys, file, kind):
+    (tmp_path / "data").mkdir()
+    damaged, whole = begin(tmp_path / "data"), begin(tmp_path / "data")
+    for writer in (damaged, whole):
+        fill(writer, 9, 8)
+        writer.file.close()
+    spoil(damaged.part / file, kind)
+    before = {path.name: path.read_bytes() for path in damaged.part.iterdir()}
+    for _ in range(2):  # at every start, until it is moved away
+        joined = recover(tmp_path / "data", False)
+        out = capsys.readouterr().out
+        assert f"{damaged.part / file} is " in out and f"Move {damaged.part} out of the folder" in out
+        assert {path.name: path.read_bytes() for path in damaged.part.iterdir()} == before
+    assert joined == [] and names(tmp_path / "data") == ["episode_0001.part", "episode_0002.npz"]
+    assert load(tmp_path / "data" / "episode_0002.npz")["episode_length"] == 8
+    damaged.part.rename(tmp_path / "moved")
+    assert recover(tmp_path / "data", False) == [] and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -399,6 +567,45 @@ def test_a_picture_that_fits_by_half_is_a_full_disk(tmp_path):
     assert load(path)["actions"].tolist() == [0, 1, 2, 3]
 
 
+# other games in the folder --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"env_id": "tests.fake_games:Crash-v0"},
+            "env_id is '" + GAME + "', in episode_0001.npz 'tests.fake_games:Crash-v0'",
+        ),
+        ({"rom_sha1": "beef"}, "rom_sha1 is '', in episode_0001.npz 'beef'"),
+        ({"action_meanings": ["LEFT", "RIGHT", "DOWN", "UP"]}, "actions mean"),
+        ({"shape": (8, 4, 3)}, r"frames are (8, 6, 3), in episode_0001.npz (8, 4, 3)"),
+    ],
+)
+def test_another_game_in_the_folder_is_refused_at_the_start(tmp_path, change, message):
+    facts = FACTS | {"action_meanings": fake_games.NAMES, "shape": (8, 6, 3)}
+    for facts_of_one in (facts | change, facts):  # only the first is looked at
+        writer = Writer.begin(tmp_path, 1, None, facts_of_one, 4)
+        for _ in range(2):
+            writer.observe(np.zeros(writer.facts["shape"], np.uint8))
+            if writer.steps == 0:
+                writer.step(1, 1, 0.0, True, "{}")
+        writer.close(ENDING, compress=False)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    with pytest.raises(SystemExit) as stopped:
+        collect(tmp_path)
+    assert message in str(stopped.value.code) and "--expert-data-dir" in str(stopped.value.code)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    (tmp_path / "episode_0001.npz").rename(tmp_path / "episode_0001.failed.npz")
+    collect(tmp_path, episodes=1)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_first_episode_that_cannot_be_read_is_named(tmp_path, array):
+    with open(tmp_path / "episode_0004.npz", "wb") as file:
+        np.save(file, np.zeros(3)) if array else file.write(b"PK")
+    with pytest.raises(SystemExit, match="episode_0004.npz is cut off or damaged"):
+        collect(tmp_path)
+
+
 # wrong use ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options,message",
@@ -406,6 +613,7 @@ def test_a_picture_that_fits_by_half_is_a_full_disk(tmp_path):
         ({"episodes": 0}, "--episodes 0: expected 1 or more"),
         ({"epsilon": 1.5}, "--epsilon 1.5: expected 0 to 1"),
         ({"chunk_steps": 0}, "--chunk-steps 0"),
+        ({"max_steps": -1}, "--max-steps -1: expected 0 or more"),
         ({"num_workers": 0}, "--num-workers 0"),
         ({"steps_per_s": 0.0}, "--steps-per-s 0.0"),
         ({"expert": "keyboard", "num_workers": 2}, "one person plays one game"),
@@ -427,6 +635,15 @@ def test_wrong_arguments_are_told_and_nothing_is_written(tmp_path, options, mess
         collect(tmp_path / "data", **options)
     assert message in str(stopped.value.code)
     assert not (tmp_path / "data").exists() or names(tmp_path / "data") == []
+
+
+def test_what_was_recovered_is_told_before_a_wrong_flag(tmp_path, capsys):
+    writer = begin(tmp_path)
+    fill(writer, 6, 5)
+    writer.file.close()
+    with pytest.raises(SystemExit, match="there is no expert 'nobody'"):
+        collect(tmp_path, expert="nobody")
+    assert f"{tmp_path / 'episode_0001.npz'}: joined from what a killed run left" in capsys.readouterr().out
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
