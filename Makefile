@@ -56,9 +56,10 @@ demo: .venv/.core ## label the sample, train a policy on it, evaluate on the hel
 
 demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about a quarter of an hour
 	@echo "== 1 of 2: twenty episodes of the scripted expert"
-	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.4 --num-workers 2
+	rm -rf build/demo_pokemon
+	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.4 --num-workers 2 --expert-data-dir build/demo_pokemon/expert_data
 	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
-	.venv/bin/python bc_pokemon.py --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60
+	.venv/bin/python bc_pokemon.py --expert-data-dir build/demo_pokemon/expert_data --model-dir build/demo_pokemon/models --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60 $(FLAGS)
 
 record: .venv/.live ## record a window of your desktop into DATASET_DIR; WINDOW and FPS say which and how
 	.venv/bin/python record_session.py --fps $(FPS) --window "$(WINDOW)" --output $(DATASET_DIR)
@@ -103,6 +104,7 @@ bench-speed: .venv/.bench ## decoding, matching and training beside their rivals
 	.venv/bin/python -m benchmarks.speed.train_step
 	.venv/bin/python -m benchmarks.speed.episodes
 	.venv/bin/python -m benchmarks.speed.collect
+	.venv/bin/python -m benchmarks.speed.controls
 
 # name, demonstrator, seed, seconds, level
 define SESSIONS
