@@ -8,9 +8,9 @@ episode by episode, bare, collector, bare, in processor time. Then one worker ag
 starting the processes included. Writes results/collect.json.
 """
 
-import contextlib
-import io
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import tyro
 import collect_expert_data
 from benchmarks.speed.paired import report, run_in_turn
 
+ROOT = Path(__file__).resolve().parents[2]
 MOST_MS = 0.4  # a step, beyond the bare emulator
 LEAST_GAIN = 1.8  # of two workers over one
 
@@ -38,11 +39,11 @@ class Args:
 
 
 def collect(episodes: int, workers: int) -> float:
-    """Seconds on the wall that the collector takes."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = collect_expert_data.Args(episodes=episodes, num_workers=workers, expert_data_dir=Path(folder))
+    """Seconds on the wall that the command takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "collect_expert_data.py", "--episodes", str(episodes), "--num-workers", str(workers)]
         begin = time.perf_counter()
-        collect_expert_data.main(args)
+        subprocess.run([*command, "--expert-data-dir", folder], cwd=ROOT, check=True, capture_output=True)
         return time.perf_counter() - begin
 
 

@@ -18,6 +18,12 @@ RIVALS = {"decode": ("cv2", "ffmpeg"), "matching": ("cv2",)}
         ("matching", {"rounds": 1}, ["matching"]),
         ("train_step", {"rounds": 1, "steps": 1}, ["train_step_resnet18", "train_step_cnn"]),
         ("episodes", {"rounds": 1, "batches": 1}, ["episodes"]),
+        pytest.param(
+            "controls",
+            {"rounds": 1, "batches": 1, "updates": 1, "steps": 2, "megabytes": 1},
+            ["controls_batches", "controls_policy", "controls_training"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_speed_scripts_run(tmp_path, monkeypatch, name, settings, written):

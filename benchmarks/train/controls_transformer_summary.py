@@ -1,0 +1,130 @@
+"""The tables of docs/controls_transformer.md from the runs of controls_transformer.sh, with what has to hold.
+
+    python benchmarks/train/controls_transformer_summary.py <folder of runs> <folder of sessions> <results.json>
+
+Players are those of eval.json: teacher_forced at the threshold 0.5; tuned, no_history, free_running, do_nothing and
+repeat_last at the thresholds tuned on the validation sessions. The best reachable score is that of the filter in
+benchmarks/make_control_sessions.py on the same sessions, its thresholds tuned the same way.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.make_control_sessions import score_sessions  # noqa: E402
+
+SHOWN = {
+    "score": "score",
+    "avg_action_f1": "action F1",
+    "look_mse": "look MSE",
+    "hotbar_accuracy": "hotbar",
+    "cursor_mse": "cursor MSE",
+    "avg_inv_f1": "click F1",
+    "idle_accuracy": "idle",
+    "change_f1": "change F1",
+    "event_f1": "event F1",
+    "event_f1_in_time": "in time",
+}
+HEADS = {
+    "avg_action_f1": 1,
+    "look_mse": -1,
+    "hotbar_accuracy": 1,
+    "cursor_mse": -1,
+    "avg_inv_f1": 1,
+}  # 1: more is better
+PLAYERS = ("free_running", "tuned", "no_history", "repeat_last", "do_nothing")
+
+
+def load_runs(folder: Path) -> dict[str, dict]:
+    """Form of the loss -> arguments, provenance, split and evaluation of its run."""
+    runs = {}
+    for path in sorted(folder.glob("*/eval.json")):
+        names = ("args", "provenance", "split")
+        run = {name: json.loads(path.with_name(f"{name}.json").read_text()) for name in names}
+        norm = run["args"]["loss_norm"]
+        if norm in runs:
+            raise SystemExit(f"{folder} holds two runs with --loss-norm {norm}. Remove one.")
+        runs[norm] = run | {"metrics": json.loads(path.read_text())["metrics"]}
+    if not runs:
+        raise SystemExit(f"{folder} holds no finished run, expected those of controls_transformer.sh")
+    first, *others = runs.values()
+    differ = ("exp_name", "loss_norm", "model_dir")
+    for run in others:
+        for name, value in first["args"].items():
+            if name not in differ and run["args"][name] != value:
+                raise SystemExit(f"the runs in {folder} differ in {name}: {value} and {run['args'][name]}")
+        if run["split"]["val"] != first["split"]["val"]:
+            raise SystemExit(f"the runs in {folder} were validated on different sessions")
+    return runs
+
+
+def demands(metrics: dict[str, dict], reachable: dict) -> dict[str, dict]:
+    """What has to hold -> the figure, the limit and whether it holds. `metrics` of the run's players."""
+    tuned, free, last = metrics["tuned"], metrics["free_running"], metrics["repeat_last"]
+    nothing = metrics["do_nothing"]
+    rows = {
+        "best reachable": (reachable["score"], 0.85, 1),
+        "do nothing": (nothing["score"], 0.55, -1),
+        "score lost by running free": (tuned["score"] - free["score"], 0.1, -1),
+        "idle accuracy, tuned": (tuned["idle_accuracy"], 0.95, 1),
+        "idle accuracy, free": (free["idle_accuracy"], 0.95, 1),
+    }
+    for name, player in (("tuned", tuned), ("free", free)):
+        rows[f"score / best reachable, {name}"] = (player["score"] / reachable["score"], 0.9, 1)
+        room = reachable["score"] - nothing["score"]
+        rows[f"share of the room above doing nothing, {name}"] = ((player["score"] - nothing["score"]) / room, 0.8, 1)
+        for head, sign in HEADS.items():
+            if nothing[head] == 0 and sign < 0:  # no such frame in the validation sessions
+                continue
+            rows[f"{SHOWN[head]}, {name}, against doing nothing"] = (player[head], nothing[head], sign)
+        for event in ("change_f1", "event_f1_in_time"):
+            rows[f"{SHOWN[event]}, {name}, against repeating the last"] = (player[event], last[event], 1)
+    checks = {}
+    for name, (figure, limit, sign) in rows.items():
+        better = sign * (figure - limit)
+        holds = better > 0 if "against" in name else better >= 0
+        checks[name] = {"figure": figure, "limit": limit, "holds": bool(holds)}
+    return checks
+
+
+def markdown(runs: dict, reachable: dict, best: str, checks: dict) -> str:
+    lines = [f"| player | {' | '.join(SHOWN.values())} |", "|---" * (1 + len(SHOWN)) + "|"]
+    players = {"best reachable": reachable}
+    for norm, run in sorted(runs.items(), key=lambda item: item[0] != best):
+        players |= {f"{player}, {norm}": run["metrics"][player] for player in PLAYERS[:3]}
+    players |= {player: runs[best]["metrics"][player] for player in PLAYERS[3:]}
+    lines += [f"| {name} | {' | '.join(f'{m[key]:.3f}' for key in SHOWN)} |" for name, m in players.items()]
+    lines += ["", f"| has to hold, --loss-norm {best} | figure | limit | |", "|---|---|---|---|"]
+    for name, row in checks.items():
+        lines.append(f"| {name} | {row['figure']:.3f} | {row['limit']:.3f} | {'yes' if row['holds'] else 'no'} |")
+    return "\n".join(lines)
+
+
+def main(folder: Path, recordings: Path, results: Path):
+    runs = load_runs(folder)
+    best = max(runs, key=lambda norm: runs[norm]["metrics"]["free_running"]["score"])
+    run = runs[best]
+    heldout = tuple(sorted(run["split"]["val"]))
+    reachable = score_sessions(recordings, heldout)["best_reachable"]
+    checks = demands(run["metrics"], reachable)
+    facts = {name: run["provenance"][name] for name in ("commit", "dirty", "torch", "cpu_capability", "threads")}
+    places = ("recordings_dir", "run_root", "model_dir", "model", "exp_name", "loss_norm")
+    settings = {name: value for name, value in run["args"].items() if name not in places}
+    facts |= {"command": "benchmarks/train/controls_transformer.sh", "args": settings, "validation": heldout}
+    times = folder.parent / "seconds.txt"
+    if times.exists():
+        facts["seconds"] = dict(line.rstrip(" s").split(": ") for line in times.read_text().splitlines())
+    facts |= {"best_loss_norm": best, "demands": checks, "best_reachable": reachable}
+    facts["runs"] = {norm: one["metrics"] for norm, one in runs.items()}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(facts, indent=1) + "\n")
+    print(markdown(runs, reachable, best, checks))
+    print(f"\n{results}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
+    main(*map(Path, sys.argv[1:]))
