@@ -43,8 +43,7 @@ class Emulator:
 
     def __init__(self, rom_path: Path | str):
         global _open
-        if _open is not None and _open() is not None:
-            gc.collect()  # an environment that was dropped without close() lets go of its emulator
+        gc.collect()  # an environment that was dropped without close() lets go of its emulator
         if _open is not None and _open() is not None:
             raise RuntimeError(
                 "this process already runs an emulator and can hold only one: close() the other environment, or put "
@@ -98,6 +97,7 @@ class Emulator:
         if _open is not None and _open() is self:
             _open = None
         self.stop()
+        gc.collect()
 
 
 class RetroEmulator(Emulator):
@@ -239,7 +239,6 @@ class LibretroEmulator(Emulator):
         if self.session is not None:
             self.session.__exit__(None, None, None)
         self.session, self.regions = None, []
-        gc.collect()  # the package keeps the core in circles
 
 
 def _libretro_drivers():
