@@ -95,7 +95,8 @@ def test_evdev_events_carry_the_kernels_time(monkeypatch):
             return [KEY_CODES["KEY_LEFT"]]
 
         def read(self):
-            os.read(read_end, 1)
+            if not os.read(read_end, 1):
+                raise OSError("unplugged")
             yield event(type=4, code=4, value=57, sec=5, usec=0)  # EV_MSC
             yield event(type=1, code=KEY_CODES["KEY_SPACE"], value=1, sec=5, usec=7)
             yield event(type=1, code=KEY_CODES["KEY_SPACE"], value=2, sec=6, usec=0)
@@ -118,6 +119,9 @@ def test_evdev_events_carry_the_kernels_time(monkeypatch):
         (7_000_000_000, "KEY_LEFT", "up"),
     ]
     os.close(write_end)
+    listener.thread.join(5)
+    assert not listener.thread.is_alive()
+    os.close(read_end)
 
 
 def test_a_wayland_session_is_refused_with_a_way_out(monkeypatch):
