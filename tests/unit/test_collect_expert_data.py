@@ -270,7 +270,8 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, capsys, expert, workers):
     assert not list(tmp_path.glob("*.part"))
     episodes, _ = read_episodes(tmp_path)
     cut = [episode for episode in episodes if episode["interrupted"]]
-    assert 2 <= len(episodes) < 50 and 1 <= len(cut) <= workers
+    whole_first = 1 if workers == 1 else 0  # a second worker may still be starting when the first is stopped
+    assert 1 + whole_first <= len(episodes) < 50 and 1 <= len(cut) <= workers
     assert any(len(episode["actions"]) == 5 for episode in cut)
     for episode in cut:
         assert episode["truncated"] and not episode["dones"].any()
