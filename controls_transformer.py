@@ -30,6 +30,32 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import runs
+from motion_controls.metrics import baseline_outputs, control_metrics, optimize_thresholds, outputs_of
+from motion_controls.metrics import combined_score as combined_score  # for those who import this script
+from motion_controls.sessions import (
+    ACTION_COLUMNS,
+    BINARY_COLUMNS,
+    CLICKS,
+    CONTROL_DIM,
+    CONTROLS,
+    CURRENT_SLOT,
+    CURSOR,
+    FRAME_DIM,
+    HEAD_COLUMNS,
+    HEADS,
+    HOTBAR_COLUMNS,
+    INV_COLUMNS,
+    LOOK,
+    LOOK_DEADZONE,
+    POSITIONS,
+    PULSES,
+    SCREEN_OPEN,
+    SLOTS,
+    STATE_DIM,
+    find_sessions,
+    load_session,
+    repeated_share,
+)
 
 
 @dataclass
@@ -154,173 +180,13 @@ class Args:
 
 
 # Axes: B batch, T = 30 frames of a window, N rows of a session, R rows of all sessions, C controls, D features
-CONTROLS = (
-    "move_forward move_backward strafe_left strafe_right sprint sneak jump attack use_item look_yaw look_pitch "
-    "drop_item swap_offhand open_inventory hotbar_slot_1 hotbar_slot_2 hotbar_slot_3 hotbar_slot_4 hotbar_slot_5 "
-    "hotbar_slot_6 hotbar_slot_7 hotbar_slot_8 hotbar_slot_9 cursor_x cursor_y inv_left_click inv_right_click "
-    "inv_shift_held"
-).split()
-ACTION_COLUMNS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
-LOOK_COLUMNS = (9, 10)
-HOTBAR_COLUMNS = tuple(range(14, 23))
-CURSOR_COLUMNS = (23, 24)
-INV_COLUMNS = (25, 26, 27)
-BINARY_COLUMNS = tuple(c for c in range(28) if c not in LOOK_COLUMNS + CURSOR_COLUMNS)
-PULSES = ("jump", "attack", "drop_item", "swap_offhand", "open_inventory", "inv_left_click", "inv_right_click")
-STAGE_COLUMNS = ((0, 1, 2, 3, 4, 5, 6, 9, 10), (7, 8, 11, 12), (13, *range(14, 28)))  # what each stage adds
-HEAD_COLUMNS = {"action": ACTION_COLUMNS, "look": LOOK_COLUMNS, "hotbar": HOTBAR_COLUMNS}
-HEAD_COLUMNS |= {"cursor": CURSOR_COLUMNS, "inv": INV_COLUMNS}
-HEADS = {name: len(columns) for name, columns in HEAD_COLUMNS.items()}  # outputs of each head
-LOOK, SLOTS, CURSOR, CLICKS = slice(9, 11), slice(14, 23), slice(23, 25), slice(25, 28)
 WINDOW, HISTORY = 30, 5  # frames
-FRAME_DIM, STATE_DIM, CONTROL_DIM, POSITIONS = 260, 46, 28, 225  # POSITIONS: columns that are metres
+STAGE_COLUMNS = ((0, 1, 2, 3, 4, 5, 6, 9, 10), (7, 8, 11, 12), (13, *range(14, 28)))  # what each stage adds
 FEATURES = FRAME_DIM + POSITIONS + STATE_DIM  # 531, of one frame
 INPUT_DIM = FEATURES + HISTORY * CONTROL_DIM  # 671
-SCREEN_OPEN, CURRENT_SLOT = 38, 44  # columns of the game's state
-LOOK_DEADZONE = 0.08
 SPLIT_GAP = WINDOW + HISTORY  # rows between training and validation of one session: no window sees both
+ARRAYS = ("frames", "controls", "game_state")  # of a session
 MODEL_FILES = "control_*"
-MEND = "Record it again, or leave it out with --skip-bad-sessions"
-SIMULATE = "python benchmarks/make_control_sessions.py --output recordings"
-
-
-# data: session files --------------------------------------------------------------------------------------------------
-V1_CONTROLS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # the new column of each of the ten
-V1_STATE = {
-    **{0: 0, 1: 1, 2: 2, 3: 3, 5: 4, 6: 5, 7: 11, 8: 12, 9: 14, 10: 15, 11: 20, 12: 21, 13: 26, 14: 25, 15: 22},
-    **{16: 24, 17: 29, 18: 30, 19: 23, 20: 7, 21: 16, 22: 27, 23: 19},
-}  # old column: new one; the old 4, can_block, has none
-V1_NO_STATE = (5, 11, 12, 14)  # 1 where a session has no state: empty hand, full health and hunger, on the ground
-SHAPES = {
-    1: {
-        "pose_world": (33, 3),
-        "left_hand_3d": (21, 3),
-        "right_hand_3d": (21, 3),
-        "left_hand_present": (),
-        "right_hand_present": (),
-        "pose_visibility": (33,),
-        "controls": (10,),
-        "timestamps": (),
-    },
-    2: {"frames": (FRAME_DIM,), "controls": (CONTROL_DIM,), "game_state": (STATE_DIM,), "timestamps": ()},
-}
-
-
-def find_sessions(folder: Path | str) -> list[Path]:
-    """The session_*.npz in `folder`, by name. Raises FileNotFoundError where there is none."""
-    paths = sorted(Path(folder).glob("session_*.npz"))
-    if not paths:
-        raise FileNotFoundError(
-            f"{folder} holds no session_*.npz. Record some, name their folder with --recordings-dir, or make simulated "
-            f"ones: {SIMULATE}"
-        )
-    return paths
-
-
-def load_session(path: Path | str) -> dict:
-    """A session: frames (N, 260), controls (N, 28), game_state (N, 46) float32, timestamps (N,) float64 in seconds, and
-    path, fps, version, session_type, person ("" where not known). Version 1 is mapped to the columns of version 2. No
-    pickle is opened. Raises ValueError where anything in it cannot be right."""
-    path = Path(path)
-    try:
-        raw, version = _read_arrays(path)
-        _check_shapes(raw, version)
-        session = _from_v1(raw) if version == 1 else {name: raw[name] for name in SHAPES[2]}
-        session = {name: np.asarray(session[name], np.float32) for name in ("frames", "controls", "game_state")}
-        session["timestamps"] = np.asarray(raw["timestamps"], np.float64)
-        _check_values(session, "as version 2: " if version == 1 else "")
-        session |= {"fps": _fps(raw, session["timestamps"]), "version": version}
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}. {MEND}") from None
-    return session | {"path": path} | {name: str(raw.get(name, "")) for name in ("session_type", "person")}
-
-
-def _read_arrays(path: Path) -> tuple[dict, int]:
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            version = int(file["version"]) if "version" in file else 1
-            names = [*SHAPES.get(version, ()), "game_state", "fps", "session_type", "person"]
-            raw = {name: file[name] for name in names if name in file}
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # the readers of zip and npy raise many kinds for damaged bytes
-        raise ValueError(f"it cannot be read ({type(error).__name__}: {error})") from None
-    if version not in SHAPES:
-        raise ValueError(f"version {version}, expected 1 or 2, as only those hold the pose")
-    return raw, version
-
-
-def _check_shapes(raw: dict, version: int):
-    N = raw["timestamps"].size if "timestamps" in raw else 0
-    for name, shape in SHAPES[version].items():
-        if name not in raw:
-            raise ValueError(f"there is no {name}, which version {version} has")
-        if raw[name].shape != (N, *shape) or raw[name].dtype.kind not in "fiub":
-            found = f"{name} is {raw[name].dtype} {raw[name].shape}"
-            raise ValueError(f"{found}, expected numbers of shape {(N, *shape)} for {N} timestamps")
-    if version == 1 and "game_state" in raw and raw["game_state"].shape not in ((N, 16), (N, 24)):
-        raise ValueError(f"game_state is {raw['game_state'].shape}, expected {(N, 16)} or {(N, 24)} in version 1")
-    if N < 2:
-        raise ValueError(f"{N} frames, expected at least 2")
-
-
-def _from_v1(raw: dict) -> dict:
-    N = len(raw["timestamps"])
-    controls, state = np.zeros((N, CONTROL_DIM), np.float32), np.zeros((N, STATE_DIM), np.float32)
-    controls[:, V1_CONTROLS] = raw["controls"]
-    if "game_state" in raw:
-        for old, new in list(V1_STATE.items())[: 15 if raw["game_state"].shape[1] == 16 else None]:
-            state[:, new] = raw["game_state"][:, old] * (0.5 if old == 15 else 1)  # fall distance: / 10, now / 20
-    else:
-        state[:, V1_NO_STATE] = 1
-    parts = [raw[name].reshape(N, -1) for name in list(SHAPES[1])[:6]]
-    return {"frames": np.concatenate(parts, 1), "controls": controls, "game_state": state}
-
-
-def _check_values(session: dict, form: str):
-    frames, controls, times = session["frames"], session["controls"], session["timestamps"]
-    limits = [("frames", frames[:, :POSITIONS], -10, 10, 0), ("frames", frames[:, POSITIONS:], 0, 1, POSITIONS)]
-    signed = np.isin(np.arange(CONTROL_DIM), LOOK_COLUMNS)
-    limits += [("controls", controls, np.where(signed, -1, 0), 1, 0), ("game_state", session["game_state"], -1, 1, 0)]
-    for name, values, low, high, first in limits:
-        wrong = ~((values >= low - 1e-3) & (values <= high + 1e-3))  # also where NaN
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            low = int(np.broadcast_to(low, values.shape[1])[column])
-            raise ValueError(
-                f"{form}{name} row {row}, column {first + column} is {values[row, column]}, expected {low} to {high}"
-            )
-    finite = np.isfinite(times)
-    backwards = np.flatnonzero(~(np.diff(times) >= 0) | ~finite[1:] | ~finite[:-1])
-    if len(backwards):
-        row = backwards[0] + 1
-        raise ValueError(f"timestamps row {row} is {times[row]} after {times[row - 1]}, expected seconds that rise")
-
-
-def _fps(raw: dict, times: np.ndarray) -> float:
-    if "fps" in raw:
-        if raw["fps"].size != 1 or raw["fps"].dtype.kind not in "fiu" or not 0 < float(raw["fps"].item()) < np.inf:
-            raise ValueError(f"fps is {raw['fps']}, expected one positive number")
-        return float(raw["fps"].item())
-    return float((len(times) - 1) / (times[-1] - times[0])) if times[-1] > times[0] else 30.0
-
-
-def repeated_share(session: dict) -> float:
-    """Share of the frames with a look in which game state and controls are the previous frame's to the bit: rows that
-    a recorder read twice from a slower game clock, a third of them at 30 frames and 20 ticks per second."""
-    controls, state = session["controls"], session["game_state"]
-    looking = (controls[1:, list(LOOK_COLUMNS)] != 0).any(1)
-    same = (controls[1:] == controls[:-1]).all(1) & (state[1:] == state[:-1]).all(1)
-    return float((same & looking).sum() / max(1, looking.sum()))
-
-
-def count_frames(path: Path) -> int:
-    """Frames in a session, without reading more than its timestamps; 0 where they cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["timestamps"].size
-    except Exception:  # load_session will say what is wrong
-        return 0
 
 
 # data: split, rows, windows -------------------------------------------------------------------------------------------
@@ -373,14 +239,16 @@ def normalise(x, scale: Scale):
 
 
 class Recordings:
-    """All sessions end to end, on the device, with WINDOW empty rows before each: row r of a session's frame i is
-    `starts[session] + i`. Windows are gathered from these arrays and never stored."""
+    """All sessions end to end, on the device, normalised, with WINDOW empty rows before each: the row of a session's
+    frame i is `starts[session] + i`. Windows are gathered from these arrays and never stored. Features are kept in
+    half precision, within 0.05 % of their value: less memory, and a batch is gathered sooner."""
 
-    def __init__(self, paths: list[Path], lengths: list[int], device="cpu"):
-        self.paths, self.lengths, self.fps, self.scale = paths, lengths, 30.0, None
+    def __init__(self, paths: list[Path], lengths: list[int], scale: Scale, fps: float = 30.0, device="cpu"):
+        self.paths, self.lengths, self.fps = paths, lengths, fps
+        self.scale = Scale(scale.mean.to(device), scale.std.to(device), scale.clip)
         self.starts = (np.cumsum([0, *lengths[:-1]]) + WINDOW * np.arange(1, len(lengths) + 1)).tolist()
         R = self.starts[-1] + lengths[-1]
-        self.features = torch.zeros((R, FEATURES), device=device)  # frames, velocity, state: raw until `normalise`
+        self.features = torch.zeros((R, FEATURES), dtype=torch.half, device=device)  # frames, velocity, state
         self.controls = torch.zeros((R, CONTROL_DIM), device=device)
         self.mode = torch.zeros((R, 2), device=device)  # of the state: open screen, current slot, as recorded
         self.position = torch.full((R,), -1, dtype=torch.int32, device=device)  # frame number in its session
@@ -402,30 +270,20 @@ class Recordings:
         self.controls[rows] = torch.from_numpy(session["controls"])
         self.mode[rows] = state[:, [SCREEN_OPEN, CURRENT_SLOT]].to(self.mode.device)
         self.position[rows] = torch.arange(N, dtype=torch.int32)
-        features = self.features[rows]
-        features[:, :FRAME_DIM] = torch.from_numpy(session["frames"])
-        features[:, FRAME_DIM:-STATE_DIM] = velocity(features)
-        features[:, -STATE_DIM:] = state
-        if self.scale:
-            self._normalise(rows)
-
-    def normalise(self, scale: Scale):
-        """In place, once."""
-        self.scale = scale
-        for start, length in zip(self.starts, self.lengths, strict=True):
-            self._normalise(slice(start, start + length))
-
-    def _normalise(self, rows: slice):
-        mean, std, clip = self.scale
-        self.features[rows].sub_(mean[:FEATURES]).div_(std[:FEATURES]).clamp_(-clip, clip)
+        frames, column = torch.from_numpy(session["frames"]), 0
+        for part in (frames, velocity(frames), state):
+            columns = slice(column, column + part.shape[1])
+            scale = Scale(self.scale.mean[columns], self.scale.std[columns], self.scale.clip)
+            self.features[rows, columns] = normalise(part.to(scale.mean.device), scale).half()
+            column = columns.stop
 
 
-def load_recordings(paths: list[Path], skip_bad: bool, device) -> tuple[Recordings, dict[int, dict], list[str]]:
-    """Reads one session after the other, so that memory never holds them twice. Returns them, {index: session without
-    its arrays} and what is wrong with those left out. Raises ValueError for a bad one, unless `skip_bad`."""
-    data = Recordings(paths, [count_frames(path) for path in paths], device)
-    sessions, problems = {}, []
-    for i, path in enumerate(tqdm(paths, desc="sessions", leave=False)):
+def check_sessions(paths: list[Path], skip_bad: bool) -> tuple[list[dict], list[str]]:
+    """Reads each session once. Returns of those that can be used path, frames (how many), fps, session_type, person
+    and repeated, and what is wrong with the others. Raises ValueError for a bad one, unless `skip_bad`, and where none
+    can be used."""
+    sessions, problems = [], []
+    for path in tqdm(paths, desc="sessions", leave=False):
         try:
             session = load_session(path)
         except ValueError as error:
@@ -433,27 +291,26 @@ def load_recordings(paths: list[Path], skip_bad: bool, device) -> tuple[Recordin
                 raise
             problems.append(str(error))
             continue
-        data.put(i, session)
-        names = ("path", "fps", "session_type", "person")
-        sessions[i] = {name: session[name] for name in names} | {"repeated": repeated_share(session)}
+        facts = {name: session[name] for name in ("path", "fps", "session_type", "person")}
+        sessions.append(facts | {"frames": len(session["frames"]), "repeated": repeated_share(session)})
     if not sessions:
         raise ValueError(f"none of {len(paths)} sessions can be used, such as {problems[0]}")
-    data.fps = float(np.median([session["fps"] for session in sessions.values()]))
-    return data, sessions, problems
+    return sessions, problems
 
 
-def lay_out(sessions: list[dict], device="cpu") -> Recordings:
-    """Loaded sessions as `Recordings`."""
-    data = Recordings([s["path"] for s in sessions], [len(s["frames"]) for s in sessions], device)
-    for i, session in enumerate(sessions):
-        data.put(i, session)
+def lay_out(sessions: list[dict], scale: Scale, device) -> Recordings:
+    """The sessions of `check_sessions` as `Recordings`. Read one after the other: memory never holds them twice."""
+    fps = float(np.median([session["fps"] for session in sessions]))
+    lengths = [session["frames"] for session in sessions]
+    data = Recordings([session["path"] for session in sessions], lengths, scale, fps, device)
+    for i, path in enumerate(tqdm(data.paths, desc="features", leave=False)):
+        data.put(i, load_session(path))
     return data
 
 
 def velocity(frames):
     """First difference per frame of the columns in metres: (N, 260) -> (N, 225), the first row 0."""
-    join = torch.cat if isinstance(frames, torch.Tensor) else np.concatenate
-    return join([frames[:1, :POSITIONS] * 0, frames[1:, :POSITIONS] - frames[:-1, :POSITIONS]])
+    return torch.cat([torch.zeros((1, POSITIONS)), frames[:, :POSITIONS].diff(dim=0)])
 
 
 def gather_windows(data: Recordings, rows, history_form: str = "tiled", history_dropout: float = 0.0):
@@ -462,9 +319,11 @@ def gather_windows(data: Recordings, rows, history_form: str = "tiled", history_
     of x count. The next call with as many rows overwrites x."""
     B, device = len(rows), rows.device
     if B not in data.buffers:
-        data.buffers[B] = torch.empty((B, WINDOW, INPUT_DIM), device=device)
-    x = data.buffers[B]
-    torch.index_select(data.windows, 0, rows - (WINDOW - 1), out=x[..., :FEATURES])
+        half = torch.empty((B, WINDOW, FEATURES), dtype=torch.half, device=device)
+        data.buffers[B] = torch.empty((B, WINDOW, INPUT_DIM), device=device), half
+    x, half = data.buffers[B]
+    torch.index_select(data.windows, 0, rows - (WINDOW - 1), out=half)
+    x[..., :FEATURES] = half
     back = torch.arange(-WINDOW + 1, 1, device=device)
     ends = rows.unsqueeze(1) if history_form == "tiled" else rows.unsqueeze(1) + back  # (B, 1 or 30)
     begins = (ends.flatten() - HISTORY).clamp(min=0)  # less than 0 for padding only
@@ -473,25 +332,29 @@ def gather_windows(data: Recordings, rows, history_form: str = "tiled", history_
     if history_dropout:  # before normalising, so that a dropped entry equals the start of a session
         history *= (torch.rand(history.shape[:3], device=device) > history_dropout).unsqueeze(3)
     history = history.flatten(2)  # (B, 1 or 30, 140)
-    if data.scale:
-        mean, std, clip = data.scale
-        history = normalise(history, Scale(mean[FEATURES:], std[FEATURES:], clip))
-    x[..., FEATURES:] = history
+    mean, std, clip = data.scale
+    x[..., FEATURES:] = normalise(history, Scale(mean[FEATURES:], std[FEATURES:], clip))
     real = data.position[rows].unsqueeze(1) + back >= 0
     return x, real, data.controls[rows], data.mode[rows, 0] > 0
 
 
-def feature_scale(data: Recordings, rows, clip: float) -> Scale:
-    """Mean and standard deviation of the 671 features over the windows that end in `rows` (N,); a column that does not
-    change has 1."""
+def feature_scale(paths: list[Path], frames: dict[int, tuple[int, int]], clip: float) -> Scale:
+    """Mean and standard deviation of the 671 features over the windows that end in {session: (first, end)}; a column
+    that does not change has 1. Read from the files, in float64."""
     total, squares = torch.zeros((2, INPUT_DIM), dtype=torch.float64)
-    for part in rows.split(4096):
-        x = torch.cat([data.features[part], data.histories[part - HISTORY]], 1).cpu().double()
-        total, squares = total + x.sum(0), squares + x.square().sum(0)
-    mean = total / len(rows)
-    std = (squares / len(rows) - mean.square()).clamp(min=0).sqrt()
+    for i, (first, end) in tqdm(frames.items(), desc="statistics", leave=False):
+        session = {name: torch.from_numpy(array) for name, array in load_session(paths[i]).items() if name in ARRAYS}
+        moving, controls = velocity(session["frames"]), F.pad(session["controls"], (0, 0, HISTORY, 0))
+        histories = controls.unfold(0, HISTORY, 1).transpose(1, 2).flatten(1)  # (N + 1, 140)
+        for rows in torch.arange(first, end).split(4096):
+            parts = (session["frames"][rows], moving[rows], session["game_state"][rows], histories[rows])
+            x = torch.cat(parts, 1).double()
+            total, squares = total + x.sum(0), squares + x.square().sum(0)
+    n = sum(end - first for first, end in frames.values())
+    mean = total / n
+    std = (squares / n - mean.square()).clamp(min=0).sqrt()
     std[std < 1e-6] = 1
-    return Scale(mean.float().to(rows.device), std.float().to(rows.device), clip)
+    return Scale(mean.float(), std.float(), clip)
 
 
 def epoch_rows(rows, n: int, args: Args, epoch: int, rich=None) -> torch.Tensor:
@@ -538,8 +401,7 @@ def warp(frames, controls, game_state, speed: float, first: int):
 def augment_session(session: dict, settings: dict, rng) -> tuple[dict, np.ndarray]:
     """A session of at most as many frames (M), and which of them (M,) end a window to train on: where the sides are
     swapped, none with an open screen. `settings`: time_warp, mirror, noise, hand_dropout."""
-    names = ("frames", "controls", "game_state")
-    arrays = tuple(session[name] for name in names)
+    arrays = tuple(session[name] for name in ARRAYS)
     if settings["time_warp"]:
         speed = 1 + rng.uniform(-1, 1) * settings["time_warp"]
         first = int(rng.integers(1 + len(arrays[0]) - min(len(arrays[0]), int(speed * len(arrays[0])))))
@@ -556,7 +418,7 @@ def augment_session(session: dict, settings: dict, rng) -> tuple[dict, np.ndarra
     for hand, columns in enumerate((slice(99, 162), slice(162, 225))):
         lost = np.repeat(rng.random(len(frames) // WINDOW + 1) < settings["hand_dropout"], WINDOW)[: len(frames)]
         frames[lost, columns] = frames[lost, 225 + hand] = 0
-    return dict(zip(names, (frames, *arrays[1:]), strict=True)), usable
+    return dict(zip(ARRAYS, (frames, *arrays[1:]), strict=True)), usable
 
 
 def augment_recordings(data: Recordings, frames: dict, settings: dict, seed: int, epoch: int) -> torch.Tensor:
@@ -565,7 +427,7 @@ def augment_recordings(data: Recordings, frames: dict, settings: dict, seed: int
     rows = []
     for i, (first, end) in frames.items():
         session = load_session(data.paths[i])
-        part = {name: session[name][first:end] for name in ("frames", "controls", "game_state")}
+        part = {name: session[name][first:end] for name in ARRAYS}
         part, usable = augment_session(part, settings, np.random.default_rng((seed, epoch, i)))
         data.put(i, part)
         rows.append(data.starts[i] + np.flatnonzero(usable))
@@ -746,169 +608,6 @@ def loss_weights(args: Args, columns: set | None = None) -> dict[str, float]:
     weights |= {"cursor": args.w_cursor, "inv": args.w_inv, "idle": args.w_idle}
     off = [name for name, own in HEAD_COLUMNS.items() if columns is not None and not columns & set(own)]
     return weights | dict.fromkeys(off, 0.0)
-
-
-# metrics --------------------------------------------------------------------------------------------------------------
-SCORE_WEIGHTS = {"action": 0.4, "look": 0.2, "hotbar": 0.1, "cursor": 0.1, "inv": 0.1, "idle": 0.1}
-SCREEN_PIXELS = (1920, 1080)
-NEAR = 3  # frames an event may be off
-
-
-def combined_score(metrics: dict) -> float:
-    """The specified score, 0..1, of avg_action_f1, look_mse, hotbar_accuracy, cursor_mse, avg_inv_f1, idle_accuracy."""
-    return float(sum(SCORE_WEIGHTS[head] * part for head, part in _score_parts(metrics).items()))
-
-
-def _score_parts(metrics: dict) -> dict:
-    return {
-        "action": metrics["avg_action_f1"],
-        "look": max(0.0, 1 - metrics["look_mse"]),
-        "hotbar": metrics["hotbar_accuracy"],
-        "cursor": max(0.0, 1 - metrics["cursor_mse"]),
-        "inv": metrics["avg_inv_f1"],
-        "idle": metrics["idle_accuracy"],
-    }
-
-
-def f1_scores(predicted, true) -> np.ndarray:
-    """F1 of each column, 0 where nothing is predicted and nothing true. (N, C) bool twice -> (C,)"""
-    hits, wrong = (predicted & true).sum(0), (predicted != true).sum(0)
-    return 2 * hits / np.maximum(2 * hits + wrong, 1)
-
-
-def optimize_thresholds(probs, targets, idle_mask) -> np.ndarray:
-    """Per control the threshold of 0.10, 0.15, ... 0.85 with the highest F1 - 0.5 * false positives per idle frame,
-    the lowest of equals; 0.5 where none is above 0, as without positives. (N, C) twice, (N,) bool -> (C,)"""
-    targets, idle = np.asarray(targets) > 0.5, np.asarray(idle_mask, bool)
-    best, thresholds = np.zeros(targets.shape[1]), np.full(targets.shape[1], 0.5)
-    for threshold in np.round(np.arange(0.1, 0.9, 0.05), 2):
-        predicted = np.asarray(probs) > threshold
-        score = f1_scores(predicted, targets) - 0.5 * (predicted[idle].mean(0) if idle.any() else 0)
-        better = score > best
-        best[better], thresholds[better] = score[better], threshold
-    return thresholds
-
-
-def outputs_of(controls) -> dict:
-    """Controls (N, 28) in the form of the network's outputs, to score them as such."""
-    names = {"action": "probs"}
-    return {names.get(head, head): np.asarray(controls)[:, list(columns)] for head, columns in HEAD_COLUMNS.items()}
-
-
-def baseline_outputs(controls, begins) -> dict[str, dict]:
-    """What a policy puts out that does nothing, and one that repeats the recording's last row. (N, 28), (N,) bool"""
-    nothing, before = np.zeros_like(controls), np.roll(controls, 1, axis=0)
-    nothing[:, list(CURSOR_COLUMNS)] = 0.5
-    before[begins] = nothing[begins]
-    return {"do_nothing": outputs_of(nothing), "repeat_last": outputs_of(before)}
-
-
-def onsets(down, begins) -> np.ndarray:
-    """Frames on which a control goes down. (N, C) bool, (N,) bool: rows that begin a session -> (N, C) bool"""
-    before = np.roll(down, 1, axis=0) & ~begins[:, None]
-    return down & ~before
-
-
-def event_f1(predicted, true, session, early: int = NEAR, late: int = NEAR) -> float:
-    """F1 of events, each matched with at most one of the other side, in the same session, up to `early` frames before
-    and `late` after it. (N,) bool twice, (N,) session of a row"""
-    free, hits = list(np.flatnonzero(predicted)), 0
-    for t in np.flatnonzero(true):
-        near = [p for p in free if t - early <= p <= t + late and session[p] == session[t]]
-        if near:
-            hits += 1
-            free.remove(near[0])
-    return 2 * hits / max(1, int(predicted.sum() + true.sum()))
-
-
-def control_metrics(
-    outputs: dict, controls, game_state, thresholds=None, inv_thresholds=None, begins=None, fps: float = 30.0
-) -> dict:
-    """Every metric, as floats. `outputs`: probs (N, 12), look (N, 2), hotbar (N, 9) probabilities (a row of zeros names
-    no slot), cursor (N, 2), inv (N, 3) probabilities. `begins` (N,) bool: rows before which time is interrupted; None
-    is row 0 alone, and where all are, there are no events. Empty cases: F1, pixel error, drift 0; look and cursor MSE
-    0; direction, hotbar and idle accuracy 1."""
-    controls, state = np.asarray(controls), np.asarray(game_state)
-    begins = np.arange(len(controls)) == 0 if begins is None else np.asarray(begins)
-    screen = state[:, SCREEN_OPEN] > 0
-    gameplay, true = ~screen, outputs_of(controls)
-    action, action_true = outputs["probs"] > (0.5 if thresholds is None else thresholds), true["probs"] > 0.5
-    inv, inv_true = outputs["inv"] > (0.5 if inv_thresholds is None else inv_thresholds), true["inv"] > 0.5
-    looks = (np.abs(true["look"]) > LOOK_DEADZONE).any(1)
-    active, still = gameplay & looks, gameplay & ~looks
-    changed = (true["hotbar"] > 0.5).any(1)
-    idle = gameplay & ~action_true.any(1)
-    slot, slot_true = outputs["hotbar"].argmax(1), true["hotbar"].argmax(1)
-
-    action_f1 = f1_scores(action[gameplay], action_true[gameplay])
-    inv_f1 = f1_scores(inv[screen], inv_true[screen])
-    look_error = (outputs["look"] - true["look"])[active]
-    sign_known = true["look"][active] != 0  # the other axis may rest
-    cursor_error = (outputs["cursor"] - true["cursor"])[screen]
-    metrics = {
-        "avg_action_f1": action_f1.mean(),
-        "look_mse": np.square(look_error).mean() if active.any() else 0.0,
-        "look_direction_accuracy": (np.sign(outputs["look"]) == np.sign(true["look"]))[active][sign_known].mean()
-        if active.any()
-        else 1.0,
-        "hotbar_accuracy": ((slot == slot_true) & (outputs["hotbar"].max(1) > 0))[changed].mean()
-        if changed.any()
-        else 1.0,
-        "cursor_mse": np.square(cursor_error).mean() if screen.any() else 0.0,
-        "cursor_pixel_error": np.linalg.norm(cursor_error * SCREEN_PIXELS, axis=1).mean() if screen.any() else 0.0,
-        "avg_inv_f1": inv_f1.mean(),
-        "idle_accuracy": (~action[idle].any(1)).mean() if idle.any() else 1.0,
-        "look_drift": np.abs(outputs["look"][still]).mean() if still.any() else 0.0,
-    }
-    names = [CONTROLS[c] for c in ACTION_COLUMNS + INV_COLUMNS]
-    metrics |= {f"f1_{name}": f1 for name, f1 in zip(names, [*action_f1, *inv_f1], strict=True)}
-
-    # over the heads and controls that the data show
-    shown, inv_shown = action_true[gameplay].any(0), inv_true[screen].any(0)
-    support = {"action": shown.any(), "look": active.any(), "hotbar": changed.any()}
-    support |= {"cursor": screen.any(), "inv": inv_shown.any(), "idle": idle.any()}
-    parts = _score_parts(metrics) | {"action": action_f1[shown].sum() / max(1, shown.sum())}
-    parts["inv"] = inv_f1[inv_shown].sum() / max(1, inv_shown.sum())
-    weight = sum(SCORE_WEIGHTS[head] for head in SCORE_WEIGHTS if support[head])
-    present = sum(SCORE_WEIGHTS[head] * part for head, part in parts.items() if support[head])
-    metrics |= {"score": combined_score(metrics), "score_present": present / max(weight, 1e-9)}
-    if not begins.all():
-        predicted = {"action": action, "inv": inv, "slot": slot, "sure": outputs["hotbar"].max(1) > 0.5}
-        metrics |= _event_metrics(predicted, controls, state, begins, fps)
-    return {name: float(metric) for name, metric in metrics.items()}
-
-
-def _event_metrics(predicted: dict, controls, state, begins, fps: float) -> dict:
-    """What only consecutive rows can tell: pulses as events, and the frames on which an action changes."""
-    session, gameplay = np.cumsum(begins), state[:, SCREEN_OPEN] <= 0
-    names = [CONTROLS[c] for c in ACTION_COLUMNS + INV_COLUMNS]
-    where = np.stack([gameplay] * len(ACTION_COLUMNS) + [~gameplay] * len(INV_COLUMNS), 1)  # (N, 15)
-    down = np.concatenate([predicted["action"], predicted["inv"]], 1) & where
-    true = (controls[:, list(ACTION_COLUMNS + INV_COLUMNS)] > 0.5) & where
-    down_onsets, true_onsets = onsets(down, begins), onsets(true, begins)
-    pulses = [names.index(name) for name in PULSES]
-    pairs = {i: (down_onsets[:, i], true_onsets[:, i], session) for i in pulses}
-    metrics = {f"event_f1_{names[i]}": event_f1(*pair) for i, pair in pairs.items()}
-    shown = [i for i in pulses if true_onsets[:, i].any()]
-    metrics["event_f1"] = np.mean([metrics[f"event_f1_{names[i]}"] for i in shown]) if shown else 0.0
-    metrics["event_f1_in_time"] = np.mean([event_f1(*pairs[i], late=0) for i in shown]) if shown else 0.0
-
-    changes = true[:, :12] != np.roll(true[:, :12], 1, axis=0)
-    changes &= (gameplay & np.roll(gameplay, 1) & ~begins)[:, None]
-    pressed, should = down[:, :12][changes], true[:, :12][changes]
-    metrics["change_f1"] = f1_scores(pressed[:, None], should[:, None])[0]
-    metrics["change_accuracy"] = (pressed == should).mean() if changes.any() else 0.0
-
-    slots = controls[:, list(HOTBAR_COLUMNS)] > 0.5
-    near = np.convolve(slots.any(1), np.ones(2 * NEAR + 1), "same") > 0  # of a true change
-    other = predicted["slot"] != np.round(8 * state[:, CURRENT_SLOT])
-    fires = predicted["sure"] & other & gameplay & ~near
-    metrics["false_hotbar_per_minute"] = onsets(fires[:, None], begins).sum() / max(gameplay.sum() / fps / 60, 1e-9)
-    sure_true = predicted["sure"] & gameplay
-    fired = {s: onsets((sure_true & (predicted["slot"] == s))[:, None], begins)[:, 0] for s in range(9)}
-    used = [s for s in range(9) if slots[:, s].any()]
-    metrics["event_f1_hotbar"] = np.mean([event_f1(fired[s], slots[:, s], session) for s in used]) if used else 0.0
-    return metrics
 
 
 # the policy as another program uses it --------------------------------------------------------------------------------
@@ -1355,7 +1054,7 @@ def check_args(args: Args):
         "stride": (1, 1000),
         "val_stride": (1, 1000),
         "action_history_dropout": (0, 1),
-        "feature_clip": (1e-3, np.inf),
+        "feature_clip": (1e-3, 1000),
         "mirror": (0, 1),
         "noise": (0, 1),
         "time_warp": (0, 0.5),
@@ -1432,24 +1131,25 @@ def write_policy(run_dir: Path, model_dir: Path, best: dict, config: dict, log: 
     return off
 
 
-def load_and_split(args: Args, paths: list[Path], device) -> tuple[Recordings, dict, dict, dict]:
-    """The recordings, which frames of which sessions to train and to validate on, {session: (first, end)} twice, and
-    what split.json says."""
-    data, sessions, problems = load_recordings(paths, args.skip_bad_sessions, device)
-    sides = split_sessions(list(sessions.values()), args.val_fraction, args.seed)
-    sides = ([list(sessions)[i] for i in side] for side in sides)
-    train_frames, val_frames = split_frames(data.lengths, *sides, args.val_fraction)
+def check_and_split(args: Args, paths: list[Path]) -> tuple[list[dict], dict, dict, dict]:
+    """The sessions that can be used, which frames of which of them to train and to validate on, {session: (first, end)}
+    twice, and what split.json says."""
+    sessions, problems = check_sessions(paths, args.skip_bad_sessions)
+    sides = split_sessions(sessions, args.val_fraction, args.seed)
+    lengths = [session["frames"] for session in sessions]
+    train_frames, val_frames = split_frames(lengths, *sides, args.val_fraction)
     n_train, n_val = (sum(end - first for first, end in frames.values()) for frames in (train_frames, val_frames))
     if n_train < args.stride * args.batch_size or not n_val:
         raise ValueError(
             f"{args.recordings_dir} gives {n_train} frames to train on and {n_val} to validate on, too few for "
             f"--batch-size {args.batch_size} and --stride {args.stride}"
         )
-    split = {"train": {paths[i].name: span for i, span in train_frames.items()}}
-    split |= {"val": {paths[i].name: span for i, span in val_frames.items()}, "left_out": problems}
-    for name in ("person", "session_type", "repeated"):
-        split[name] = {session["path"].name: session[name] for session in sessions.values()}
-    return data, train_frames, val_frames, split
+    names = [session["path"].name for session in sessions]
+    split = {"train": {names[i]: span for i, span in train_frames.items()}}
+    split |= {"val": {names[i]: span for i, span in val_frames.items()}, "left_out": problems}
+    for fact in ("person", "session_type", "repeated"):
+        split[fact] = {name: session[fact] for name, session in zip(names, sessions, strict=True)}
+    return sessions, train_frames, val_frames, split
 
 
 def open_run(args: Args, paths: list[Path], split: dict, start_update: int, **facts):
@@ -1523,7 +1223,9 @@ def main(args: Args) -> dict:
         paths = find_sessions(args.recordings_dir)
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), paths)
-        data, train_frames, val_frames, split = load_and_split(args, paths, device)
+        sessions, train_frames, val_frames, split = check_and_split(args, paths)
+        scale = feature_scale([session["path"] for session in sessions], train_frames, args.feature_clip)
+        data = lay_out(sessions, scale, device)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     update = checkpoint["update"] if checkpoint else 0
@@ -1532,7 +1234,9 @@ def main(args: Args) -> dict:
         bf16 = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
     run_dir, writer = open_run(args, paths, split, update, device=str(device), bf16=bf16)
 
-    # network, optimiser, statistics of the training windows
+    # network, optimiser
+    train_rows, val_rows = data.rows(train_frames), data.rows(val_frames)
+    positives = positive_weights(data, train_rows)
     runs.seed_everything(args.seed, args.torch_deterministic)
     sizes = {"d_model": args.d_model, "nhead": args.nhead, "num_layers": args.num_layers}
     sizes |= {"dim_feedforward": args.dim_feedforward, "dropout": args.dropout, "learnable_decay": args.learnable_decay}
@@ -1541,10 +1245,7 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
-    train_rows, val_rows = data.rows(train_frames), data.rows(val_frames)
     per_epoch = len(train_rows) // args.stride // args.batch_size
-    positives = positive_weights(data, train_rows)
-    data.normalise(feature_scale(data, train_rows, args.feature_clip))
     augmentation = {"time_warp": args.time_warp, "mirror": args.mirror, "noise": args.noise}
     augmentation["hand_dropout"] = args.hand_dropout
     score, best_score, bad_epochs, stage, stage_epoch, log = -np.inf, -np.inf, 0, 0, 0, []

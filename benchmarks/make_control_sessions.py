@@ -22,6 +22,8 @@ from scipy.spatial.transform import Rotation
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from motion_controls.metrics import control_metrics, optimize_thresholds  # noqa: E402
+
 
 @dataclass
 class Args:
@@ -583,7 +585,7 @@ def best_linear(y: np.ndarray, target: np.ndarray, rows: np.ndarray, taps: int =
 
 
 def best_reachable(session: dict) -> dict[str, np.ndarray]:
-    """Outputs of a filter that knows the person, in the form of `controls_transformer.control_metrics`: probs (N, 12),
+    """Outputs of a filter that knows the person, in the form of `control_metrics`: probs (N, 12),
     look (N, 2), hotbar (N, 9), cursor (N, 2), inv (N, 3). It sees frames up to each row and the game's screen flag."""
     y, error, seen = find_freedoms(session)
     controls, screen = session["controls"].astype(float), session["game_state"][:, 38] > 0
@@ -641,19 +643,16 @@ def do_nothing(N: int) -> dict[str, np.ndarray]:
 
 
 def tuned_metrics(outputs: dict[str, np.ndarray], sessions: list[dict]) -> dict[str, float]:
-    """`controls_transformer.control_metrics` of outputs over the sessions' rows laid end to end, at the thresholds that
+    """`control_metrics` of outputs over the sessions' rows laid end to end, at the thresholds that
     are best for them."""
-    import controls_transformer
-
     controls, state = (np.concatenate([session[key] for session in sessions]) for key in ("controls", "game_state"))
     screen, actions = state[:, 38] > 0, controls[:, ACTIONS]
     idle = ~screen & (actions == 0).all(1)
-    best = controls_transformer.optimize_thresholds
-    thresholds = best(outputs["probs"][~screen], actions[~screen], idle[~screen])
+    thresholds = optimize_thresholds(outputs["probs"][~screen], actions[~screen], idle[~screen])
     no_idle = np.zeros(screen.sum(), bool)
-    clicks = best(outputs["inv"][screen], controls[screen, CLICKS], no_idle)
+    clicks = optimize_thresholds(outputs["inv"][screen], controls[screen, CLICKS], no_idle)
     begins = np.concatenate([np.arange(len(session["controls"])) == 0 for session in sessions])
-    return controls_transformer.control_metrics(outputs, controls, state, thresholds, clicks, begins, FPS)
+    return control_metrics(outputs, controls, state, thresholds, clicks, begins, FPS)
 
 
 def score_sessions(folder: Path, heldout: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:

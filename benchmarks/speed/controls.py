@@ -56,7 +56,7 @@ def make_session(path: Path, n: int, seed: int, **facts):
     state[:, ct.SCREEN_OPEN] = np.arange(n) % 100 >= 90
     gameplay = state[:, ct.SCREEN_OPEN] == 0
     controls[:, list(ct.ACTION_COLUMNS)] = (rng.random((n, 12), np.float32) < 0.1) & gameplay[:, None]
-    controls[:, list(ct.LOOK_COLUMNS)] = rng.random((n, 2), np.float32) * gameplay[:, None]
+    controls[:, [9, 10]] = rng.random((n, 2), np.float32) * gameplay[:, None]
     controls[:, list(ct.INV_COLUMNS)] = (rng.random((n, 3), np.float32) < 0.1) & ~gameplay[:, None]
     times = np.arange(n) / 30
     arrays = {"frames": frames, "controls": controls, "game_state": state, "timestamps": times}
@@ -93,10 +93,11 @@ class Windows(Dataset):
 
 def prepare(folder: Path, args: ct.Args):
     """The recordings as `controls_transformer.main` has them ready, and the rows of all their frames."""
-    data, _, _ = ct.load_recordings(ct.find_sessions(folder), False, torch.device("cpu"))
-    rows = data.rows({i: (ct.WINDOW, length) for i, length in enumerate(data.lengths)})
-    data.normalise(ct.feature_scale(data, rows, args.feature_clip))
-    return data, rows
+    sessions, _ = ct.check_sessions(ct.find_sessions(folder), False)
+    frames = {i: (ct.WINDOW, session["frames"]) for i, session in enumerate(sessions)}
+    scale = ct.feature_scale([session["path"] for session in sessions], frames, args.feature_clip)
+    data = ct.lay_out(sessions, scale, torch.device("cpu"))
+    return data, data.rows(frames)
 
 
 def compare_batches(folder: Path, args: Args):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The transformer on ten simulated sessions of two minutes, from an empty folder: the command of
-# docs/controls_transformer.md with both forms of the loss, side by side with one thread each, beside the best score
-# that can be reached and the baselines. At most 45 minutes on two cores that have nothing else to do.
+# docs/controls_transformer.md with both forms of the loss, side by side with one thread each, then each policy on four
+# sessions of persons that neither its training nor its thresholds have seen, beside the best score that can be reached
+# and the baselines. At most 45 minutes on two cores that have nothing else to do.
 #
 #   benchmarks/train/controls_transformer.sh        writes benchmarks/results/controls_transformer.json
 #   SESSIONS=3 MINUTES=0.5 EPOCHS=1 STRIDE=8 VAL_STRIDE=8 RESULTS=build/try.json OUT=build/try \
@@ -19,8 +20,9 @@ if [ -e "$OUT" ]; then
 fi
 mkdir -p "$OUT"
 
-echo "== 1 of 2: $SESSIONS sessions of $MINUTES minutes"
+echo "== 1 of 3: $SESSIONS sessions of $MINUTES minutes, and four of other persons"
 $PYTHON benchmarks/make_control_sessions.py --output "$OUT/recordings" --sessions "$SESSIONS" --minutes "$MINUTES"
+$PYTHON benchmarks/make_control_sessions.py --output "$OUT/fresh" --sessions 4 --persons 4 --minutes "$MINUTES" --seed 2
 
 train() { # the form of the loss
     local started=$SECONDS
@@ -31,10 +33,18 @@ train() { # the form of the loss
     echo "controls_$1: $((SECONDS - started)) s" | tee -a "$OUT/seconds.txt"
 }
 
-echo "== 2 of 2: --loss-norm masked-mean and --loss-norm seed"
+echo "== 2 of 3: --loss-norm masked-mean and --loss-norm seed"
 train masked-mean &
 first=$!
 train seed
 wait "$first"
 
-$PYTHON benchmarks/train/controls_transformer_summary.py "$OUT/runs" "$OUT/recordings" "$RESULTS"
+echo "== 3 of 3: fresh persons"
+for norm in masked-mean seed; do
+    for session in "$OUT"/fresh/session_*.npz; do
+        $PYTHON controls_transformer.py --replay "$session" --model "$OUT/models/$norm" --run-root "$OUT/replays/$norm" \
+            >> "$OUT/replays.log"
+    done
+done
+
+$PYTHON benchmarks/train/controls_transformer_summary.py "$OUT" "$RESULTS"

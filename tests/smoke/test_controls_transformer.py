@@ -149,8 +149,9 @@ def test_the_checkpoint_reloads_to_the_same_evaluation(trained, recordings):
     network = script.ControlTransformer(**saved["network"])
     network.load_state_dict(saved["model"])
     held = json.loads((run_dir / "split.json").read_text())["val"]
-    data = script.lay_out([script.load_session(recordings / name) for name in held])
-    data.normalise(script.Scale(saved["feature_mean"], saved["feature_std"], saved["feature_clip"]))
+    sessions, _ = script.check_sessions([recordings / name for name in held], False)
+    scale = script.Scale(saved["feature_mean"], saved["feature_std"], saved["feature_clip"])
+    data = script.lay_out(sessions, scale, "cpu")
     rows = data.rows({i: (0, length) for i, length in enumerate(data.lengths)})
     ones = torch.ones(12), torch.ones(3)
     metrics, _ = script.evaluate(network, data, rows, ones, args, bf16=False)

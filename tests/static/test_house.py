@@ -11,7 +11,8 @@ from tests.static import checks
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 COMMON = {f"common/{path.name}": path.read_text() for path in sorted((ROOT / "common").glob("*.py"))}
-ENVS = {f"pokemon_env/{path.name}": path.read_text() for path in sorted((ROOT / "pokemon_env").glob("*.py"))}
+PACKAGES = ("pokemon_env", "motion_controls")
+ENVS = {f"{path.parent.name}/{path.name}": path.read_text() for name in PACKAGES for path in (ROOT / name).glob("*.py")}
 PAGES = [
     page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))] if page.exists()
 ]
@@ -76,7 +77,7 @@ def test_page(page):
 def test_no_machine_is_named():
     texts = {name: ROOT / name for name in ("Makefile", "pyproject.toml", "constraints-cpu.txt", ".ci/run")}
     texts |= {str(page.relative_to(ROOT)): page for page in PAGES}
-    folders = ("common", "supertux_env", "pokemon_env", "benchmarks", "tests/unit", "tests/smoke", "tests/game")
+    folders = ("common", "supertux_env", *PACKAGES, "benchmarks", "tests/unit", "tests/smoke", "tests/game")
     texts |= {str(path.relative_to(ROOT)): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
     found = {name: checks.machine_paths(path.read_text()) for name, path in texts.items()}
     found |= {name: checks.machine_paths(text) for name, text in SCRIPTS.items()}

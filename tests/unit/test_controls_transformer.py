@@ -4,6 +4,7 @@ import json
 import math
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 
 import controls_transformer as ct
+from motion_controls import sessions as motion_sessions
 
 ACTIONS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
 LOSSES = ("action", "look", "hotbar", "cursor", "inv", "idle")
@@ -21,9 +23,9 @@ COLUMN = {name: column for column, name in enumerate(ct.CONTROLS)}
 # layout ---------------------------------------------------------------------------------------------------------------
 def test_columns_and_sizes():
     assert len(ct.CONTROLS) == len(set(ct.CONTROLS)) == ct.CONTROL_DIM == 28
-    assert tuple(ct.ACTION_COLUMNS) == ACTIONS and tuple(ct.LOOK_COLUMNS) == (9, 10)
+    assert tuple(ct.ACTION_COLUMNS) == ACTIONS and tuple(motion_sessions.LOOK_COLUMNS) == (9, 10)
     assert tuple(ct.HOTBAR_COLUMNS) == tuple(range(14, 23))
-    assert tuple(ct.CURSOR_COLUMNS) == (23, 24) and tuple(ct.INV_COLUMNS) == (25, 26, 27)
+    assert tuple(motion_sessions.CURSOR_COLUMNS) == (23, 24) and tuple(ct.INV_COLUMNS) == (25, 26, 27)
     assert (ct.FRAME_DIM, ct.STATE_DIM, ct.WINDOW, ct.HISTORY, ct.SCREEN_OPEN) == (260, 46, 30, 5, 38)
     assert ct.INPUT_DIM == 260 + 225 + 46 + 5 * 28 == 671
     named = {0: "move_forward", 5: "sneak", 6: "jump", 8: "use_item", 9: "look_yaw", 10: "look_pitch", 11: "drop_item"}
@@ -613,6 +615,12 @@ def write_session(folder, number: int = 1, missing: tuple = (), **changes):
     return path
 
 
+def write_arrays(folder, number: int, session: dict):
+    path = folder / f"session_{number:03d}.npz"
+    np.savez_compressed(path, **session)
+    return path
+
+
 def test_a_session_comes_back_as_it_was_written(tmp_path):
     path = write_session(tmp_path, person="p3", session_type="mixed", intent_look=np.zeros(60))
     arrays, session = session_arrays(), ct.load_session(path)
@@ -924,12 +932,15 @@ def normalised(rows: list, mean, std, clip: float) -> np.ndarray:
 
 
 LENGTHS = (50, 33, 7)
+PLAIN = ct.Scale(torch.zeros(671), torch.ones(671), 1000.0)
+HALF = dict(rtol=1e-3, atol=1e-3)  # features are kept in half precision
 
 
 def lay_out(sessions: list[dict], scale=None):
-    data = ct.lay_out([{"path": f"session_{i:03d}.npz", "fps": 30.0, **s} for i, s in enumerate(sessions)])
-    if scale:
-        data.normalise(scale)
+    paths = [Path(f"session_{i:03d}.npz") for i in range(len(sessions))]
+    data = ct.Recordings(paths, [len(session["frames"]) for session in sessions], scale or PLAIN)
+    for i, session in enumerate(sessions):
+        data.put(i, session)
     return data
 
 
@@ -961,7 +972,9 @@ def test_windows_equal_a_plain_loop(laid_out, form):
         expected, expected_real = naive_window(sessions[session], end, form=form)
         assert real[i].tolist() == expected_real
         expected = normalised(expected, scale.mean.numpy(), scale.std.numpy(), 3.0)
-        np.testing.assert_allclose(x[i].numpy()[expected_real], expected[expected_real], rtol=1e-4, atol=2e-5)
+        found, expected = x[i].numpy()[expected_real], expected[expected_real]
+        np.testing.assert_allclose(found[:, :531], expected[:, :531], **HALF)
+        np.testing.assert_allclose(found[:, 531:], expected[:, 531:], rtol=1e-4, atol=2e-5)
         assert x[i].isfinite().all()
         np.testing.assert_array_equal(controls[i], sessions[session]["controls"][end])
         assert bool(screen[i]) == (sessions[session]["game_state"][end, 38] > 0)
@@ -988,7 +1001,7 @@ def test_nothing_crosses_from_one_session_to_the_next(laid_out):
     assert real.sum(1).tolist() == [1, 1, 3] and real[2, -3:].all()
     zero = ((0 - scale.mean) / scale.std).clamp(-3, 3)
     for i in range(2):  # the first frame of a session: no velocity, no history
-        torch.testing.assert_close(x[i, -1, 260:485], zero[260:485])
+        torch.testing.assert_close(x[i, -1, 260:485], zero[260:485], **HALF)
         torch.testing.assert_close(x[i, -1, 531:], zero[531:])
 
 
@@ -1019,32 +1032,31 @@ def test_all_of_the_history_can_be_dropped(laid_out):
     torch.testing.assert_close(x[:, -1, 531:], ((0 - scale.mean) / scale.std).clamp(-3, 3)[531:].expand(2, -1))
 
 
-def test_the_scale_is_that_of_the_training_rows(laid_out):
+def test_the_scale_is_that_of_the_training_rows(tmp_path, laid_out):
     sessions = [{name: np.array(array) for name, array in session.items()} for session in laid_out[0]]
     for session in sessions:
         session["frames"][:, 7], session["game_state"][:, 20] = 5.3, 0.3
         session["frames"][::2, 8], session["frames"][1::2, 8] = 1, np.nextafter(np.float32(1), np.float32(2))
-    data = lay_out(sessions)
-    places = torch.tensor([*range(40), *range(50, 83, 2)])
-    rows = all_rows(data)[places]
-    scale = ct.feature_scale(data, rows, 10.0)
-    windows = [naive_window(sessions[session], end)[0][-1] for session, end in (PLACES[p] for p in places)]
+    paths = [write_arrays(tmp_path, i, session) for i, session in enumerate(sessions)]
+    frames = {0: (0, 40), 2: (3, 7)}
+    scale = ct.feature_scale(paths, frames, 10.0)
+    places = [(session, end) for session, (first, last) in frames.items() for end in range(first, last)]
+    windows = [naive_window(sessions[session], end)[0][-1] for session, end in places]
     mean, std = np.mean(windows, 0), np.std(windows, 0)
     assert (std < 1e-6).sum() > 20 and (std > 1e-6).sum() > 500  # columns of both kinds
     std[std < 1e-6] = 1
     assert scale.std[7] == scale.std[8] == scale.std[485 + 20] == 1
     np.testing.assert_allclose(scale.mean.numpy(), mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scale.std.numpy(), std, rtol=1e-3, atol=1e-4)
-    data.normalise(scale)
-    x, real, _, _ = ct.gather_windows(data, rows)
+    data = lay_out(sessions, scale)
+    x, real, _, _ = ct.gather_windows(data, data.rows(frames))
     assert x.isfinite().all() and x[real].abs().max() <= 10
     last = x[:, -1].double().numpy()
-    np.testing.assert_allclose(last[:, :531].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(last[:, :531].mean(0), 0, atol=1e-3)
 
 
-def test_the_scale_of_one_row_is_finite(laid_out):
-    data = lay_out(laid_out[0])
-    scale = ct.feature_scale(data, all_rows(data)[3:4], 10.0)
+def test_the_scale_of_one_row_is_finite(tmp_path, laid_out):
+    scale = ct.feature_scale([write_arrays(tmp_path, 0, laid_out[0][0])], {0: (3, 4)}, 10.0)
     assert (scale.std == 1).all() and scale.mean.isfinite().all()
 
 
@@ -1181,29 +1193,32 @@ def test_bad_sessions_are_left_out_only_when_asked(tmp_path, fault):
     else:
         paths[1].write_bytes(paths[1].read_bytes()[:5000])
     with pytest.raises(ValueError, match="session_002.npz"):
-        ct.load_recordings(paths, False, "cpu")
-    data, sessions, problems = ct.load_recordings(paths, True, "cpu")
-    assert sorted(sessions) == [0, 2] and len(problems) == 1 and str(paths[1]) in problems[0]
-    x, real, controls, _ = ct.gather_windows(data, data.rows({2: (0, 40)}))
+        ct.check_sessions(paths, False)
+    sessions, problems = ct.check_sessions(paths, True)
+    assert [session["path"] for session in sessions] == [paths[0], paths[2]] and [s["frames"] for s in sessions] == [
+        40,
+        40,
+    ]
+    assert len(problems) == 1 and str(paths[1]) in problems[0]
+    data = ct.lay_out(sessions, PLAIN, "cpu")
+    x, real, controls, _ = ct.gather_windows(data, data.rows({1: (0, 40)}))
     third = session_arrays(40, 3)
     for end in range(40):
         rows, expected = naive_window(third, end)
         assert real[end].tolist() == expected
-        np.testing.assert_allclose(x[end][real[end]], [row for row in rows if row], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(x[end][real[end]], [row for row in rows if row], **HALF)
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="session_00"):
-        ct.load_recordings(paths, True, "cpu")
+        ct.check_sessions(paths, True)
 
 
 def test_every_epoch_is_augmented_anew_from_the_files(tmp_path):
     """What was written over is the recording again; features are normalised, labels follow."""
     paths = [write_session(tmp_path, i, n=60, seed=i) for i in (1, 2)]
-    data, sessions, problems = ct.load_recordings(paths, False, "cpu")
-    assert problems == [] and sorted(sessions) == [0, 1] and data.lengths == [60, 60]
-    rows = all_rows(data)
-    scale = ct.feature_scale(data, rows, 10.0)
-    data.normalise(scale)
+    sessions, problems = ct.check_sessions(paths, False)
+    data = ct.lay_out(sessions, ct.feature_scale(paths, {0: (0, 60), 1: (0, 60)}, 10.0), "cpu")
+    assert problems == [] and data.lengths == [60, 60]
     plain = data.features.clone()
     frames = {0: (0, 60), 1: (0, 40)}
     first = ct.augment_recordings(data, frames, SETTINGS | {"noise": 0.01}, 1, 0)
@@ -1216,7 +1231,7 @@ def test_every_epoch_is_augmented_anew_from_the_files(tmp_path):
     mirrored = ct.augment_recordings(data, frames, SETTINGS | {"mirror": 1.0}, 1, 0)
     assert len(mirrored) == 30 + 30  # no window with an open screen
     ct.augment_recordings(data, frames, SETTINGS, 1, 0)
-    torch.testing.assert_close(data.features, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(data.features, plain)
 
 
 # what the training loop is made of ------------------------------------------------------------------------------------
@@ -1713,7 +1728,7 @@ def test_a_saved_policy_does_what_the_network_does_in_training(saved, laid_out, 
         controls = policy.step(session["frames"][t], session["game_state"][t], session["timestamps"][t])
         assert not controls.any()
         for name, output in policy.outputs.items():
-            np.testing.assert_allclose(output, expected[name][t], rtol=1e-3, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(output, expected[name][t], rtol=1e-3, atol=5e-4, err_msg=name)
 
 
 def test_the_config_has_every_specified_key(saved):
