@@ -258,8 +258,8 @@ def test_without_history_the_free_run_is_the_teacher_forced_one(recordings, tmp_
     for name, value in metrics["free_running"].items():
         assert (
             value
-            == pytest.approx(metrics["tuned"][name], abs=1e-4)
-            == pytest.approx(metrics["no_history"][name], abs=1e-4)
+            == pytest.approx(metrics["tuned"][name], rel=1e-3, abs=1e-3)
+            == pytest.approx(metrics["no_history"][name], rel=1e-3, abs=1e-3)
         )
 
 
