@@ -93,3 +93,32 @@ def test_fingerprint_sees_a_changed_byte(tmp_path):
     before = runs.fingerprint([file])
     file.write_bytes(bytes(99) + b"1")
     assert runs.fingerprint([file]) != before
+
+
+@dataclass
+class Saves:
+    model_dir: str
+    resume: str | None = None
+    overwrite: bool = False
+
+
+def test_two_scripts_share_a_model_dir_and_two_runs_of_one_do_not(tmp_path):
+    folder, scripts = tmp_path / "models", {name: tmp_path / name for name in ("first.py", "second.py")}
+    for (name, path), pattern in zip(scripts.items(), ("first_*.pt", "second_*.pt"), strict=True):
+        path.write_text("# a script")
+        words = Saves(str(folder)), pattern, path
+        runs.check_checkpoint_dir(*words, field="model_dir")
+        runs.open_checkpoint_dir(*words, tmp_path / f"run of {name}", field="model_dir")
+        (folder / pattern.replace("*", "policy")).write_text("")
+    names = ["first.py", "first_args.json", "first_policy.pt", "second.py", "second_args.json", "second_policy.pt"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for (name, path), pattern in zip(scripts.items(), ("first_*.pt", "second_*.pt"), strict=True):
+        with pytest.raises(ValueError, match=f"holds 3 files of another run, such as {name}"):
+            runs.check_checkpoint_dir(Saves(str(folder)), pattern, path, "model_dir")
+        runs.check_checkpoint_dir(
+            Saves(str(folder), resume=str(tmp_path / f"run of {name}")), pattern, path, "model_dir"
+        )
+    runs.open_checkpoint_dir(
+        Saves(str(folder), overwrite=True), "first_*.pt", scripts["first.py"], tmp_path / "new", "model_dir"
+    )
+    assert sorted(path.name for path in folder.iterdir()) == names[:2] + names[3:]
