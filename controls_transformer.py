@@ -96,13 +96,13 @@ class Args:
     feature_clip: float = 10.0
     """limit of the normalised features, in standard deviations: keeps columns harmless that hardly ever change"""
     mirror: float = 0.0
-    """augmentation: chance to swap left and right; windows with an open screen stay as they are"""
+    """augmentation: chance, per session and epoch, to swap left and right; windows with an open screen are left out"""
     noise: float = 0.0
     """augmentation: standard deviation of the noise on landmarks; metres, such as 0.005"""
     time_warp: float = 0.0
-    """augmentation: play the window up to this share faster or slower; 0..0.5"""
+    """augmentation: play the session up to this share faster or slower; 0..0.5"""
     hand_dropout: float = 0.0
-    """augmentation: chance, per hand, to lose it for the whole window"""
+    """augmentation: chance, per hand and second, to lose it for that second"""
 
     d_model: int = 256
     """width of the encoder"""
@@ -175,8 +175,8 @@ class Args:
     """a session file: run the policy in `model` on it, its own outputs as history, instead of training"""
     model: str = "models"
     """folder of the policy for `replay`: a `model_dir` or a run folder"""
-    engine: Literal["onnx", "torch"] = "onnx"
-    """what computes the network for `replay`"""
+    engine: Literal["auto", "onnx", "torch"] = "auto"
+    """what computes the network for `replay`; auto: ONNX Runtime on the CPU where `model` holds the file"""
 
 
 # Axes: B batch, T = 30 frames of a window, N rows of a session, R rows of all sessions, C controls, D features
@@ -186,7 +186,7 @@ FEATURES = FRAME_DIM + POSITIONS + STATE_DIM  # 531, of one frame
 INPUT_DIM = FEATURES + HISTORY * CONTROL_DIM  # 671
 SPLIT_GAP = WINDOW + HISTORY  # rows between training and validation of one session: no window sees both
 ARRAYS = ("frames", "controls", "game_state")  # of a session
-MODEL_FILES = "control_*"
+MODEL_FILES = "control_* training_log.json"
 
 
 # data: split, rows, windows -------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def split_sessions(sessions: list[dict], fraction: float, seed: int) -> tuple[li
         wanted = max(1, round(fraction * sum(len(members) for members in of_type)))
         chosen = []
         for g in rng.permutation(len(of_type))[:-1]:  # one group at least is left to train on
-            if not chosen or len(chosen) + len(of_type[g]) <= wanted:
+            if len(chosen) + len(of_type[g]) <= wanted:
                 chosen += of_type[g]
-        val += chosen
+        val += chosen or (min(of_type, key=len) if len(of_type) > 1 else [])
     if not val and len(groups) > 1:  # every type has a single group
         val = list(groups.values())[rng.integers(len(groups))]
     return [i for i in range(len(sessions)) if i not in val], sorted(val)
@@ -280,13 +280,13 @@ class Recordings:
 
 def check_sessions(paths: list[Path], skip_bad: bool) -> tuple[list[dict], list[str]]:
     """Reads each session once. Returns of those that can be used path, frames (how many), fps, session_type, person
-    and repeated, and what is wrong with the others. Raises ValueError for a bad one, unless `skip_bad`, and where none
-    can be used."""
+    and repeated, and what is wrong with the others. Raises ValueError or OSError for a bad one, unless `skip_bad`, and
+    where none can be used, or their frame rates differ."""
     sessions, problems = [], []
     for path in tqdm(paths, desc="sessions", leave=False):
         try:
             session = load_session(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if not skip_bad:
                 raise
             problems.append(str(error))
@@ -295,6 +295,12 @@ def check_sessions(paths: list[Path], skip_bad: bool) -> tuple[list[dict], list[
         sessions.append(facts | {"frames": len(session["frames"]), "repeated": repeated_share(session)})
     if not sessions:
         raise ValueError(f"none of {len(paths)} sessions can be used, such as {problems[0]}")
+    slow, fast = (choose(sessions, key=lambda session: session["fps"]) for choose in (min, max))
+    if fast["fps"] > 1.25 * slow["fps"]:
+        raise ValueError(
+            f"{slow['path']} has {slow['fps']:.3g} frames a second, {fast['path']} has {fast['fps']:.3g}: windows and "
+            "velocities would differ. Train on one rate only"
+        )
     return sessions, problems
 
 
@@ -330,7 +336,10 @@ def gather_windows(data: Recordings, rows, history_form: str = "tiled", history_
     history = data.histories.index_select(0, begins)  # oldest first, 0 before the start of a session
     history = history.view(*ends.shape, HISTORY, CONTROL_DIM)
     if history_dropout:  # before normalising, so that a dropped entry equals the start of a session
-        history *= (torch.rand(history.shape[:3], device=device) > history_dropout).unsqueeze(3)
+        kept = (
+            torch.rand((B, ends.shape[1] + HISTORY - 1), device=device) > history_dropout
+        )  # of the frames they are of
+        history *= kept.unfold(1, HISTORY, 1).unsqueeze(3)
     history = history.flatten(2)  # (B, 1 or 30, 140)
     mean, std, clip = data.scale
     x[..., FEATURES:] = normalise(history, Scale(mean[FEATURES:], std[FEATURES:], clip))
@@ -385,7 +394,8 @@ def mirror(frames, controls, game_state):
 
 
 def warp(frames, controls, game_state, speed: float, first: int):
-    """Play from frame `first` on at another speed. A pulse that falls between two frames is kept."""
+    """Play from frame `first` on at another speed. A pulse that falls between two frames is kept, a slot change is one
+    frame long, and a hand that appears or vanishes does so at once."""
     N = len(frames)
     at = first + speed * np.arange(N)
     at = at[at <= N - 1]  # (M,)
@@ -395,7 +405,13 @@ def warp(frames, controls, game_state, speed: float, first: int):
     last = np.maximum(nearest, np.r_[nearest[1:], nearest[-1] + 1] - 1).clip(max=N - 1)
     binary, kept = list(BINARY_COLUMNS), controls[nearest]
     kept[:, binary] = np.maximum(kept[:, binary], controls[last][:, binary])
-    return (1 - share) * frames[below] + share * frames[above], kept, game_state[nearest]
+    kept[1:, SLOTS] *= (nearest[1:] != nearest[:-1])[:, None]
+    mixed = (1 - share) * frames[below] + share * frames[above]
+    mixed[:, POSITIONS:] = frames[nearest, POSITIONS:]  # whether hands are there, and visibility
+    for hand, columns in enumerate((slice(99, 162), slice(162, 225))):
+        came = frames[below, POSITIONS + hand] != frames[above, POSITIONS + hand]
+        mixed[came, columns] = frames[nearest[came], columns]
+    return mixed, kept, game_state[nearest]
 
 
 def augment_session(session: dict, settings: dict, rng) -> tuple[dict, np.ndarray]:
@@ -409,8 +425,9 @@ def augment_session(session: dict, settings: dict, rng) -> tuple[dict, np.ndarra
     usable = np.ones(len(arrays[0]), bool)
     if rng.random() < settings["mirror"]:
         screens = np.cumsum(np.r_[np.zeros(WINDOW, int), arrays[2][:, SCREEN_OPEN] > 0])
-        usable = screens[WINDOW:] == screens[:-WINDOW]  # none in the window
-        arrays = mirror(*arrays)
+        free = screens[WINDOW:] == screens[:-WINDOW]  # none in the window
+        if free.any():
+            arrays, usable = mirror(*arrays), free
     frames = arrays[0].astype(np.float32)  # a copy
     if settings["noise"]:
         noise = settings["noise"] * rng.standard_normal((len(frames), POSITIONS), np.float32)
@@ -532,9 +549,9 @@ def idle_loss(logits, targets, gameplay_mask):
 
 def masked_means(losses: dict, fractions: dict) -> dict:
     """The specified losses as plain means over a head's own frames and columns. `fractions`: share of the frames with
-    gameplay, a hotbar change, an open screen."""
-    gameplay = torch.as_tensor(fractions["gameplay"])
-    action = torch.where(gameplay > 0, losses["action"] / gameplay.clamp(min=1e-8), 0.0)
+    gameplay, a hotbar change, an open screen; where it differs from that with gameplay, also that of the actions."""
+    own = torch.as_tensor(fractions.get("action", fractions["gameplay"]))
+    action = torch.where(own > 0, losses["action"] / own.clamp(min=1e-8), 0.0)
     means = {"action": action, "look": losses["look"] / 2, "cursor": losses["cursor"] / 2, "inv": losses["inv"] / 3}
     return losses | means
 
@@ -545,7 +562,7 @@ def combined_loss(losses: dict, fractions: dict, weights: dict, norm: str = "see
     if norm == "masked-mean":
         return sum(weights[name] * loss for name, loss in masked_means(losses, fractions).items())
     g, h, s = fractions["gameplay"], fractions["hotbar"], fractions["screen"]
-    share = {"action": g, "look": g, "hotbar": h, "cursor": s, "inv": s, "idle": 1.0}
+    share = {"action": fractions.get("action", g), "look": g, "hotbar": h, "cursor": s, "inv": s, "idle": 1.0}
     return sum(weights[name] * loss * share[name] for name, loss in losses.items())
 
 
@@ -554,7 +571,14 @@ def effective_weights(fractions: dict, weights: dict, norm: str) -> dict:
     g, h, s = fractions["gameplay"], fractions["hotbar"], fractions["screen"]
     if norm == "masked-mean":
         return dict(weights)
-    share = {"action": g * g, "look": 2 * g, "hotbar": h, "cursor": 2 * s, "inv": 3 * s, "idle": 1.0}
+    share = {
+        "action": fractions.get("action", g) ** 2,
+        "look": 2 * g,
+        "hotbar": h,
+        "cursor": 2 * s,
+        "inv": 3 * s,
+        "idle": 1.0,
+    }
     return {name: weight * share[name] for name, weight in weights.items()}
 
 
@@ -564,8 +588,8 @@ def pos_weights(targets, mask, cap: float = 50.0):
     return (len(targets) / (2 * targets.sum(0).clamp(min=1))).clamp(max=cap)
 
 
-def positive_weights(data: Recordings, rows) -> tuple:
-    """Of the actions (12,), over the gameplay frames among the rows (N,), and of the clicks (3,), over the others."""
+def class_weights(data: Recordings, rows) -> tuple:
+    """`pos_weights` of the actions (12,) and clicks (3,), each over the frames of its mode among the rows (N,)."""
     screen, controls = data.mode[rows, 0] > 0, data.controls[rows]
     actions, clicks = controls[:, list(ACTION_COLUMNS)], controls[:, CLICKS]
     return pos_weights(actions, ~screen), pos_weights(clicks, screen)
@@ -577,29 +601,31 @@ def hotbar_target(controls):
     return torch.where((slots > 0.5).any(1), slots.argmax(1), -1)
 
 
-def head_losses(out: dict, controls, screen, positives, inventory_always: bool, actions=None) -> tuple[dict, dict]:
+def head_losses(out: dict, controls, screen, class_weight, inventory_always: bool, actions=None) -> tuple[dict, dict]:
     """The six losses of the network's outputs, and the shares of gameplay, hotbar-change and screen frames.
 
-    controls (B, 28), screen (B,) bool, positives: weights of the actions (12,) and clicks (3,). `actions`: which of
+    controls (B, 28), screen (B,) bool, class_weight: of the actions (12,) and clicks (3,). `actions`: which of
     the twelve actions count, None for all."""
     gameplay, slots = ~screen, hotbar_target(controls)
     logits, targets = out["action_logits"], torch.cat([controls[:, :9], controls[:, 11:14]], 1)  # (B, 12)
-    action_positives, inv_positives = positives
+    action_weight, inv_weight = class_weight
     if actions is not None:
-        logits, targets, action_positives = logits[:, actions], targets[:, actions], action_positives[actions]
+        logits, targets, action_weight = logits[:, actions], targets[:, actions], action_weight[actions]
     losses = {
-        "action": action_loss(logits, targets, gameplay, action_positives),
+        "action": action_loss(logits, targets, gameplay, action_weight),
         "look": look_loss(out["look"], controls[:, LOOK], gameplay),
         "hotbar": hotbar_loss(out["hotbar_logits"], slots),
         "cursor": cursor_loss(out["cursor"], controls[:, CURSOR], screen),
-        "inv": inv_loss(out["inv_click_logits"], controls[:, CLICKS], screen, inv_positives),
+        "inv": inv_loss(out["inv_click_logits"], controls[:, CLICKS], screen, inv_weight),
         "idle": idle_loss(logits, targets, gameplay),
     }
-    if inventory_always and (actions is None or 11 in actions):  # open_inventory on the other frames too
-        closing = action_loss(logits[:, -1:], targets[:, -1:], screen, action_positives[-1:])
-        losses["action"] = losses["action"] + closing / logits.shape[1]
     shares = {"gameplay": gameplay.float().mean(), "hotbar": (slots >= 0).float().mean()}
-    return losses, shares | {"screen": screen.float().mean()}
+    shares |= {"screen": screen.float().mean()}
+    if inventory_always and (actions is None or 11 in actions):  # open_inventory on the other frames too
+        closing = action_loss(logits[:, -1:], targets[:, -1:], screen, action_weight[-1:])
+        losses["action"] = losses["action"] + closing / logits.shape[1]
+        shares["action"] = shares["gameplay"] + shares["screen"] / logits.shape[1]
+    return losses, shares
 
 
 def loss_weights(args: Args, columns: set | None = None) -> dict[str, float]:
@@ -643,7 +669,13 @@ def onnx_engine(path: Path):
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    options.intra_op_num_threads = 1  # more would spin between two frames, on the cores that the tracker needs
+    try:
+        session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds
+        raise ValueError(
+            f"{path} does not load: {str(error).splitlines()[0]}. Train again, or --engine torch"
+        ) from None
     return lambda x, mask: session.run(None, {"x": x, "mask": mask})
 
 
@@ -692,7 +724,10 @@ class ControlPolicy:
         config_file, onnx_file = folder / "control_config.json", folder / "control_policy.onnx"
         if not config_file.is_file():
             raise FileNotFoundError(f"{config_file} is missing. Train a policy, or name its folder with --model")
-        config = json.loads(config_file.read_text())
+        try:
+            config = json.loads(config_file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{config_file} is no JSON ({error}). Train again, or name another --model") from None
         if engine == "auto":
             engine = "onnx" if onnx_file.is_file() and str(device) == "cpu" else "torch"
         if engine == "onnx":
@@ -703,12 +738,16 @@ class ControlPolicy:
 
     def reset(self):
         """Release everything and forget the past."""
-        for array in (self.ring, self.past, self.mask, self.controls, self.level, self.look):
-            array.fill(0)
+        self._release()
         self.fired.fill(-np.inf)
         self.slot_fired = self.time = self.state_time = -np.inf
-        self.frames = self.pause = 0  # frames in the window; frames left without any control
-        self.screen = None
+        self.pause, self.screen = 0, None  # frames left without any control; whether a screen is open
+
+    def _release(self):
+        """Everything up, and the window begins anew. Cooldowns and the game's state stay."""
+        for array in (self.ring, self.past, self.mask, self.controls, self.level, self.look):
+            array.fill(0)
+        self.frames = 0  # in the window
 
     def step(self, frame, state, timestamp: float) -> np.ndarray:
         """The controls (28,) for a frame (260,) and a state (46,) at `timestamp` in seconds.
@@ -719,13 +758,13 @@ class ControlPolicy:
             if not self.time <= timestamp < np.inf:
                 raise ValueError(f"timestamp {timestamp}: expected a number not below the last one, {self.time}")
             if frame is None or timestamp - self.time > self.post["state_timeout_s"]:
-                self.reset()
+                self._release()
             self.time = timestamp
             if state is not None:
                 _check_numbers("state", state, self.state)
                 self.state[:], self.state_time = state, timestamp
             if timestamp - self.state_time > self.post["state_timeout_s"]:
-                self.reset()
+                self._release()
             elif frame is not None:
                 _check_numbers("frame", frame, self.ring[0, :FRAME_DIM])
                 self._observe(frame)
@@ -799,7 +838,7 @@ def load_network(path: Path) -> RawPolicy:
     return RawPolicy(network, Scale(saved["feature_mean"], saved["feature_std"], saved["feature_clip"])).eval()
 
 
-def make_config(args: Args, scale: Scale, thresholds, training: dict) -> dict:
+def make_config(args: Args, scale: Scale, fps: float, thresholds, training: dict) -> dict:
     """control_config.json: the specified keys, and what the policy needs beside them. thresholds (15,)"""
     names = [CONTROLS[c] for c in ACTION_COLUMNS + INV_COLUMNS]
     return {
@@ -826,6 +865,7 @@ def make_config(args: Args, scale: Scale, thresholds, training: dict) -> dict:
         "feature_mean": scale.mean.tolist(),
         "feature_std": scale.std.tolist(),
         "feature_clip": scale.clip,
+        "fps": fps,
         "history_form": args.history_form,
         "learnable_decay": args.learnable_decay,
         "open_inventory_always": args.open_inventory_always,
@@ -957,23 +997,29 @@ def free_run(policy: ControlPolicy, session: dict, first: int = 0) -> tuple[dict
     return outputs, controls, seconds
 
 
-def free_run_rows(policy: ControlPolicy, data: Recordings, rows: np.ndarray) -> dict:
-    """The same for rows (N,) of the recordings, in order: every frame between them is played, those are returned."""
-    parts = []
+def free_run_rows(policy: ControlPolicy, data: Recordings, rows: np.ndarray) -> dict[str, dict]:
+    """The same for rows (N,) of the recordings, in order: every frame between them is played, those are returned. The
+    network's outputs, and in the same form the controls given out, where a pulse is one frame long."""
+    players = {"free_running": [], "given_out": []}
     for i, start in enumerate(data.starts):
         own = rows[(rows >= start) & (rows < start + data.lengths[i])] - start
         if len(own):
-            outputs, _, _ = free_run(policy, load_session(data.paths[i]), own[0])
-            parts.append({name: array[own - own[0]] for name, array in outputs.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            outputs, controls, _ = free_run(policy, load_session(data.paths[i]), own[0])
+            for player, x in (("free_running", outputs), ("given_out", outputs_of(controls))):
+                players[player].append({name: array[own - own[0]] for name, array in x.items()})
+    return {
+        player: {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+        for player, parts in players.items()
+    }
 
 
 def evaluate(
-    network, data: Recordings, rows, positives, args: Args, bf16: bool, players: tuple = (), thresholds=None
+    network, data: Recordings, rows, class_weight, args: Args, bf16: bool, players: tuple = (), thresholds=None
 ) -> tuple[dict[str, dict], dict]:
     """Metrics of the teacher-forced network, of `players` (no_history, free_running) and of the baselines on rows (N,),
     at `thresholds` (15,), None for 0.5; and the teacher-forced outputs."""
     controls, numbers = data.controls[rows], rows.cpu().numpy()
+    before = data.controls[rows - 1].cpu().numpy()  # zeros where a session begins
     begins = (data.position[rows] == 0).cpu().numpy() | np.r_[True, np.diff(numbers) != 1]
     state = np.zeros((len(rows), STATE_DIM), np.float32)
     state[:, [SCREEN_OPEN, CURRENT_SLOT]] = data.mode[rows].cpu().numpy()
@@ -984,14 +1030,14 @@ def evaluate(
     if "no_history" in players:
         outputs["no_history"] = as_arrays(predict(network, data, rows, args, bf16, history_dropout=1.0))
     if "free_running" in players:
-        config = make_config(args, data.scale, thresholds, {})
+        config = make_config(args, data.scale, data.fps, thresholds, {})
         policy = ControlPolicy(config, torch_engine(RawPolicy(network, data.scale), rows.device))
-        outputs["free_running"] = free_run_rows(policy, data, numbers)
+        outputs |= free_run_rows(policy, data, numbers)
     metrics = {
         player: control_metrics(x, *truth, thresholds[:12], thresholds[12:], begins, data.fps)
-        for player, x in (outputs | baseline_outputs(truth[0], begins)).items()
+        for player, x in (outputs | baseline_outputs(truth[0], before)).items()
     }
-    losses, shares = head_losses(out, controls, data.mode[rows, 0] > 0, positives, args.open_inventory_always)
+    losses, shares = head_losses(out, controls, data.mode[rows, 0] > 0, class_weight, args.open_inventory_always)
     loss = combined_loss(losses, shares, loss_weights(args), args.loss_norm)
     metrics["teacher_forced"] |= {"loss": float(loss)} | {f"loss_{name}": float(x) for name, x in losses.items()}
     return metrics, outputs["teacher_forced"]
@@ -1018,7 +1064,15 @@ def report(metrics: dict[str, dict]):
 
 def replay(args: Args) -> dict:
     """A trained policy on a recording, its own controls as history: predictions.npz, metrics.json in a run folder."""
+    used = ("replay", "model", "engine", "device", "exp_name", "seed", "run_root")
+    for name, value in vars(Args()).items():
+        if getattr(args, name) != value and name not in used:
+            raise SystemExit(
+                f"--{name.replace('_', '-')} is for training. With --replay it changes nothing: leave it out"
+            )
     try:
+        if not Path(args.replay).is_file():
+            raise FileNotFoundError(f"{args.replay} is missing. --replay takes a session_*.npz")
         session = load_session(args.replay)
         device = "cpu" if args.device == "auto" else str(runs.pick_device(args.device))
         policy = ControlPolicy.load(args.model, device, args.engine)
@@ -1026,8 +1080,9 @@ def replay(args: Args) -> dict:
         raise SystemExit(str(error)) from None
     outputs, controls, seconds = free_run(policy, session)
     true, begins = session["controls"], np.arange(len(seconds)) == 0
+    before = np.concatenate([np.zeros_like(true[:1]), true[:-1]])
     rest = session["game_state"], policy.thresholds[:12], policy.thresholds[12:], begins, session["fps"]
-    players = {"free_running": outputs} | baseline_outputs(true, begins)
+    players = {"free_running": outputs, "given_out": outputs_of(controls)} | baseline_outputs(true, before)
     metrics = {player: control_metrics(x, true, *rest) for player, x in players.items()}
     steady = 1000 * seconds[min(WINDOW, len(seconds) - 1) :]  # the first steps warm up
     latency = {f"p{p}": float(np.percentile(steady, p)) for p in (50, 90, 99)} | {"max": float(steady.max())}
@@ -1062,7 +1117,9 @@ def check_args(args: Args):
         "dropout": (0, 0.99),
         "epochs": (1, np.inf),
         "batch_size": (1, np.inf),
-        "learning_rate": (0, np.inf),
+        "learning_rate": (0, 1e3),
+        "weight_decay": (0, 1e3),
+        "dim_feedforward": (1, np.inf),
         "gradient_clip": (1e-9, np.inf),
         "warmup_epochs": (0, np.inf),
         "early_stop_patience": (0, np.inf),
@@ -1071,6 +1128,7 @@ def check_args(args: Args):
         "log_every": (1, np.inf),
         "save_every": (1, np.inf),
     }
+    limits |= {name: (0, 1e6) for name in vars(args) if name.startswith("w_")}
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             flag = f"--{name.replace('_', '-')}"
@@ -1079,6 +1137,17 @@ def check_args(args: Args):
         raise ValueError(f"--d-model {args.d_model} is no multiple of --nhead {args.nhead}")
     if not args.curriculum and (args.curriculum_epochs, args.curriculum_share) != ((20, 20), 0.5):
         raise ValueError("--curriculum-epochs and --curriculum-share are for --curriculum, which is off")
+    if args.curriculum and not (min(args.curriculum_epochs) >= 1 and sum(args.curriculum_epochs) < args.epochs):
+        raise ValueError(
+            f"--curriculum-epochs {args.curriculum_epochs}: expected at least 1 each, and together less than --epochs "
+            f"{args.epochs}, as the third stage trains the heads that are left"
+        )
+
+
+def check_finite(totals, epoch: int):
+    """Stop before anything is saved that cannot learn any more."""
+    if not totals[0].isfinite():
+        raise SystemExit(f"the loss was not finite in epoch {epoch + 1}. Lower --learning-rate, and begin anew")
 
 
 def learning_rate_at(update: int, per_epoch: int, args: Args) -> float:
@@ -1113,21 +1182,25 @@ def table_row(row: dict) -> str:
 HEADER = "  Ep  TrLoss  Act    Look  Hbar   Curs   Inv    Idle   VlLoss  VlF1  Score    LR"
 
 
-def write_policy(run_dir: Path, model_dir: Path, best: dict, config: dict, log: list, onnx: bool) -> float:
+def write_policy(run_dir: Path, args: Args, best: dict, config: dict, log: list) -> float:
     """The policy's files, in the run folder and as copies in `model_dir`: control_policy.pt, training_log.json, perhaps
     control_policy.onnx, and last the control_config.json that `ControlPolicy.load` looks for. Returns the largest
-    difference between ONNX and torch."""
+    difference between ONNX and torch. Raises ValueError, with all files in the run folder, where by now `model_dir` is
+    another run's."""
     names = ("model", "network", "feature_mean", "feature_std", "feature_clip", "epoch", "score", "script", "run_dir")
-    off, onnx_file = 0.0, run_dir / "control_policy.onnx"
-    for folder in (run_dir, model_dir):
-        runs.save_checkpoint(folder / "control_policy.pt", {name: best[name] for name in names})
-        runs.write_json(folder / "training_log.json", log)
-        if onnx and folder == run_dir:
-            off = export_onnx(onnx_file, load_network(folder / "control_policy.pt"))
-        elif onnx:
-            shutil.copy(onnx_file, folder / f".{onnx_file.name}.tmp")
-            os.replace(folder / f".{onnx_file.name}.tmp", folder / onnx_file.name)
-        runs.write_json(folder / "control_config.json", config)
+    model_dir, off = Path(args.model_dir), 0.0
+    runs.save_checkpoint(run_dir / "control_policy.pt", {name: best[name] for name in names})
+    runs.write_json(run_dir / "training_log.json", log)
+    files = ["control_policy.pt", "training_log.json", "control_config.json"]
+    if args.export_onnx:
+        off = export_onnx(run_dir / "control_policy.onnx", load_network(run_dir / "control_policy.pt"))
+        files.insert(0, "control_policy.onnx")
+    runs.write_json(run_dir / "control_config.json", config)
+    runs.check_checkpoint_dir(args, MODEL_FILES, __file__, "model_dir")
+    runs.open_checkpoint_dir(args, MODEL_FILES, __file__, run_dir, "model_dir")
+    for name in files:
+        shutil.copy(run_dir / name, model_dir / f".{name}.tmp")
+        os.replace(model_dir / f".{name}.tmp", model_dir / name)
     return off
 
 
@@ -1160,7 +1233,6 @@ def open_run(args: Args, paths: list[Path], split: dict, start_update: int, **fa
         run_dir = runs.make_run_dir(args, __file__, Path(args.recordings_dir).resolve().name)
         runs.write_provenance(run_dir, paths, **facts)
         runs.write_json(run_dir / "split.json", split)
-    runs.open_checkpoint_dir(args, MODEL_FILES, __file__, run_dir, "model_dir")
     if args.track:
         import wandb
 
@@ -1178,28 +1250,28 @@ def open_run(args: Args, paths: list[Path], split: dict, start_update: int, **fa
 
 
 def write_metrics(writer: SummaryWriter, metrics: dict[str, dict], update: int):
-    for player, figures in metrics.items():
-        for name, metric in figures.items():
-            if name in EVAL_NAMES[player]:
-                writer.add_scalar(EVAL_NAMES[player][name], metric, update)
+    for player, names in EVAL_NAMES.items():
+        for metric, name in names.items():
+            if metric in metrics.get(player, {}):
+                writer.add_scalar(name, metrics[player][metric], update)
 
 
-def finish(network, data: Recordings, rows, positives, args: Args, bf16: bool, run_dir: Path, best: dict, log: list):
+def finish(network, data: Recordings, rows, class_weight, args: Args, bf16: bool, run_dir: Path, best: dict, log: list):
     """The best network on all validation rows, its tuned thresholds, eval.json and the policy's files. Returns the
     metrics; those of `teacher_forced` are at 0.5, all others at the tuned thresholds, which saw the same rows."""
-    metrics, outputs = evaluate(network, data, rows, positives, args, bf16)
+    metrics, outputs = evaluate(network, data, rows, class_weight, args, bf16)
     thresholds, n_positive = tune_thresholds(outputs, data, rows)
     players = ("no_history", "free_running")
-    tuned, _ = evaluate(network, data, rows, positives, args, bf16, players, thresholds)
+    tuned, _ = evaluate(network, data, rows, class_weight, args, bf16, players, thresholds)
     metrics |= {"tuned": tuned.pop("teacher_forced")} | tuned
     runs.write_json(run_dir / "eval.json", {"metrics": metrics, "threshold_positives": n_positive})
     training = {"epochs_trained": len(log), "best_epoch": best["epoch"], "best_combined_score": best["score"]}
     training |= {"loss_norm": args.loss_norm, "selection": args.selection, "per_head_metrics": metrics["tuned"]}
-    config = make_config(args, data.scale, thresholds, training | {"threshold_positives": n_positive})
+    config = make_config(args, data.scale, data.fps, thresholds, training | {"threshold_positives": n_positive})
     try:
-        off = write_policy(run_dir, Path(args.model_dir), best, config, log, args.export_onnx)
+        off = write_policy(run_dir, args, best, config, log)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(f"{error}\nthe policy is in {run_dir}") from None
     report(metrics)
     unseen = [name for name, n in n_positive.items() if not n]
     print(f"threshold left at 0.5, as validation never shows them: {', '.join(unseen) or 'none'}")
@@ -1226,6 +1298,7 @@ def main(args: Args) -> dict:
         sessions, train_frames, val_frames, split = check_and_split(args, paths)
         scale = feature_scale([session["path"] for session in sessions], train_frames, args.feature_clip)
         data = lay_out(sessions, scale, device)
+        Path(args.model_dir).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     update = checkpoint["update"] if checkpoint else 0
@@ -1236,7 +1309,7 @@ def main(args: Args) -> dict:
 
     # network, optimiser
     train_rows, val_rows = data.rows(train_frames), data.rows(val_frames)
-    positives = positive_weights(data, train_rows)
+    class_weight = class_weights(data, train_rows)
     runs.seed_everything(args.seed, args.torch_deterministic)
     sizes = {"d_model": args.d_model, "nhead": args.nhead, "num_layers": args.num_layers}
     sizes |= {"dim_feedforward": args.dim_feedforward, "dropout": args.dropout, "learnable_decay": args.learnable_decay}
@@ -1286,6 +1359,7 @@ def main(args: Args) -> dict:
     def impatient() -> bool:
         return 0 < args.early_stop_patience <= bad_epochs
 
+    resume_command = f"python {Path(__file__).name} --resume {run_dir}"
     last_stage = len(STAGE_COLUMNS) - 1 if args.curriculum else 0
     chosen = args.selection.removeprefix("score_")  # a player of `evaluate`, but for score and score_present
     players = (chosen,) if chosen in ("no_history", "free_running") else ()
@@ -1298,7 +1372,10 @@ def main(args: Args) -> dict:
             epoch, position = divmod(update, per_epoch)
             rows = train_rows
             if any(augmentation.values()):
-                rows = augment_recordings(data, train_frames, augmentation, args.seed, epoch)
+                try:
+                    rows = augment_recordings(data, train_frames, augmentation, args.seed, epoch)
+                except (ValueError, OSError) as error:
+                    raise SystemExit(f"{error}\nThen go on with: {resume_command}") from None
             rich = rich_rows(data, rows, stage) if args.curriculum else None
             order = epoch_rows(rows, per_epoch * args.batch_size, args, epoch, rich)
             actions = [i for i, column in enumerate(ACTION_COLUMNS) if column in columns] if args.curriculum else None
@@ -1314,7 +1391,7 @@ def main(args: Args) -> dict:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     out = forward(x, real)
                 out = {name: tensor.float() for name, tensor in out.items()}
-                losses, shares = head_losses(out, controls, screen, positives, args.open_inventory_always, actions)
+                losses, shares = head_losses(out, controls, screen, class_weight, args.open_inventory_always, actions)
                 loss = combined_loss(losses, shares, weights, args.loss_norm)
 
                 # step
@@ -1350,6 +1427,7 @@ def main(args: Args) -> dict:
 
                 # save, but not before an epoch's evaluation
                 if (update % args.save_every == 0 or stop_signal) and update % per_epoch:
+                    check_finite(totals, epoch)
                     save(run_dir / "last.pt")
                 if stop_signal:
                     break
@@ -1358,7 +1436,8 @@ def main(args: Args) -> dict:
                 break
 
             # evaluate
-            metrics, _ = evaluate(network, data, val_rows[:: args.val_stride], positives, args, bf16, players)
+            check_finite(totals, epoch)
+            metrics, _ = evaluate(network, data, val_rows[:: args.val_stride], class_weight, args, bf16, players)
             write_metrics(writer, metrics, update)
             by = metrics[chosen if players else "teacher_forced"]
             score = by["score_present" if chosen == "present" else "score"]
@@ -1368,8 +1447,6 @@ def main(args: Args) -> dict:
             entry["train"] = {name.removeprefix("train/"): mean for name, mean in means.items()}
             log.append(entry | {"val": metrics["teacher_forced"]} | {f"val_{p}": metrics[p] for p in players})
             tqdm.write(table_row(log[-1]))
-            if not np.isfinite(means["train/loss"]):
-                raise SystemExit(f"the loss was not finite in epoch {epoch + 1}. Lower --learning-rate")
 
             # save; the curriculum's next stage
             best_score, bad_epochs = (score, 0) if better else (best_score, bad_epochs + 1)
@@ -1386,13 +1463,13 @@ def main(args: Args) -> dict:
     progress.close()
     if stop_signal and update < total:
         writer.close()
-        print(f"stopped after update {update} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}")
+        print(f"stopped after update {update} and saved. Go on with: {resume_command}")
         raise SystemExit(130)
 
     best = runs.load_checkpoint(run_dir / "best.pt", device)
     network.load_state_dict(best["model"])
-    metrics = finish(network, data, val_rows, positives, args, bf16, run_dir, best, log)
-    write_metrics(writer, metrics, update)
+    metrics = finish(network, data, val_rows, class_weight, args, bf16, run_dir, best, log)
+    write_metrics(writer, {name: metrics[name] for name in ("tuned", "no_history", "free_running")}, best["update"])
     writer.close()
     for problem in split["left_out"]:
         print(f"left out  {problem}")

@@ -82,16 +82,18 @@ def resume_args(args, may_change: tuple[str, ...]):
                 f"{flag} {given} differs from {saved.get(field.name)} in {path}. Leave it out, or start a new run."
             )
         saved[field.name] = given
+    saved |= {"overwrite": args.overwrite} if "overwrite" in saved else {}  # allowed once, not for good
     return type(args)(**saved | {"resume": args.resume})
 
 
-def check_checkpoint_dir(args, pattern: str, script: Path | str, field: str = "checkpoint_dir"):
+def check_checkpoint_dir(args, patterns: str, script: Path | str, field: str = "checkpoint_dir"):
     """Raise ValueError where the folder in `args`' field holds files of a run other than `args.resume`: its settings,
-    its checkpoints, named like `pattern`, its script. With `args.overwrite` only the script's own folder is refused."""
+    its checkpoints, named like one of the `patterns`, its script. With `args.overwrite` only the script's own folder is
+    refused."""
     folder, script, flag = Path(getattr(args, field)), Path(script).resolve(), f"--{field.replace('_', '-')}"
     if folder.resolve() == script.parent or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{flag} {folder} is no folder of its own. Name another, such as checkpoints/my_run")
-    others = _files_of_another_run(folder, args.resume, pattern, script, field)
+    others = _files_of_another_run(folder, args.resume, patterns, script, field)
     if others and not args.overwrite:
         raise ValueError(
             f"{flag} {folder} holds {len(others)} files of another run, such as {others[0].name}. Name "
@@ -99,11 +101,11 @@ def check_checkpoint_dir(args, pattern: str, script: Path | str, field: str = "c
         )
 
 
-def open_checkpoint_dir(args, pattern: str, script: Path | str, run_dir: Path, field: str = "checkpoint_dir"):
+def open_checkpoint_dir(args, patterns: str, script: Path | str, run_dir: Path, field: str = "checkpoint_dir"):
     """Remove what `check_checkpoint_dir` looks for, then leave a copy of the script and its settings there."""
     folder, script = Path(getattr(args, field)), Path(script).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _files_of_another_run(folder, args.resume, pattern, script, field):
+    for path in _files_of_another_run(folder, args.resume, patterns, script, field):
         path.unlink()
     shutil.copy(script, folder / script.name)
     settings = dataclasses.asdict(args) | {"run_dir": str(run_dir.resolve())}
@@ -115,11 +117,11 @@ def _settings_file(folder: Path, script: Path, field: str) -> Path:
     return folder / ("config.json" if field == "checkpoint_dir" else f"{script.stem}_args.json")
 
 
-def _files_of_another_run(folder: Path, run_dir: str | None, pattern: str, script: Path, field: str) -> list[Path]:
+def _files_of_another_run(folder: Path, run_dir: str | None, patterns: str, script: Path, field: str) -> list[Path]:
     config = _settings_file(folder, script, field)
     if run_dir and config.is_file() and f'"run_dir": {json.dumps(str(Path(run_dir).resolve()))}' in config.read_text():
         return []
-    return sorted({path for name in (config.name, pattern, script.name) for path in folder.glob(name)})
+    return sorted({path for name in (config.name, *patterns.split(), script.name) for path in folder.glob(name)})
 
 
 def write_provenance(run_dir: Path, files: list[Path], **facts) -> dict:

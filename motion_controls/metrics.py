@@ -10,6 +10,7 @@ from motion_controls.sessions import (
     HEAD_COLUMNS,
     HOTBAR_COLUMNS,
     INV_COLUMNS,
+    LOOK_COLUMNS,
     LOOK_DEADZONE,
     PULSES,
     SCREEN_OPEN,
@@ -61,12 +62,17 @@ def outputs_of(controls) -> dict:
     return {names.get(head, head): np.asarray(controls)[:, list(columns)] for head, columns in HEAD_COLUMNS.items()}
 
 
-def baseline_outputs(controls, begins) -> dict[str, dict]:
-    """What a policy puts out that does nothing, and one that repeats the recording's last row. (N, 28), (N,) bool"""
-    nothing, before = np.zeros_like(controls), np.roll(controls, 1, axis=0)
+def baseline_outputs(controls, before) -> dict[str, dict]:
+    """What players put out who do nothing (which is also the majority's choice), do everything at once, repeat the
+    recording's last row, and do what the player does at another time, so as often and in the same rhythm. (N, 28) and
+    the rows before them (N, 28), zeros where a session begins."""
+    nothing = np.zeros_like(controls)
     nothing[:, list(CURSOR_COLUMNS)] = 0.5
-    before[begins] = nothing[begins]
-    return {"do_nothing": outputs_of(nothing), "repeat_last": outputs_of(before)}
+    everything = np.ones_like(controls) - nothing
+    everything[:, list(LOOK_COLUMNS)] = 0
+    players = {"do_nothing": nothing, "always_on": everything, "repeat_last": before}
+    players["random"] = np.roll(controls, len(controls) // 2, axis=0)
+    return {name: outputs_of(controls) for name, controls in players.items()}
 
 
 def onsets(down, begins) -> np.ndarray:
@@ -77,14 +83,16 @@ def onsets(down, begins) -> np.ndarray:
 
 def event_f1(predicted, true, session, early: int = NEAR, late: int = NEAR) -> float:
     """F1 of events, each matched with at most one of the other side, in the same session, up to `early` frames before
-    and `late` after it. (N,) bool twice, (N,) session of a row"""
-    free, hits = list(np.flatnonzero(predicted)), 0
-    for t in np.flatnonzero(true):
-        near = [p for p in free if t - early <= p <= t + late and session[p] == session[t]]
-        if near:
-            hits += 1
-            free.remove(near[0])
-    return 2 * hits / max(1, int(predicted.sum() + true.sum()))
+    and `late` after it. (N,) bool twice, (N,) number of a row's session, which rises"""
+    apart = np.arange(len(true)) + session * (early + late + 1)  # frames, with room between two sessions
+    mine, theirs = apart[predicted], apart[true]
+    hits = nxt = 0
+    for t in theirs:
+        while nxt < len(mine) and mine[nxt] < t - early:
+            nxt += 1
+        if nxt < len(mine) and mine[nxt] <= t + late:
+            hits, nxt = hits + 1, nxt + 1
+    return 2 * hits / max(1, len(mine) + len(theirs))
 
 
 def control_metrics(
@@ -93,7 +101,7 @@ def control_metrics(
     """Every metric, as floats. `outputs`: probs (N, 12), look (N, 2), hotbar (N, 9) probabilities (a row of zeros names
     no slot), cursor (N, 2), inv (N, 3) probabilities. `begins` (N,) bool: rows before which time is interrupted; None
     is row 0 alone, and where all are, there are no events. Empty cases: F1, pixel error, drift 0; look and cursor MSE
-    0; direction, hotbar and idle accuracy 1."""
+    0; direction, hotbar and idle accuracy 1. Outputs that are not finite have no score, NaN."""
     controls, state = np.asarray(controls), np.asarray(game_state)
     begins = np.arange(len(controls)) == 0 if begins is None else np.asarray(begins)
     screen = state[:, SCREEN_OPEN] > 0
@@ -138,6 +146,8 @@ def control_metrics(
     weight = sum(SCORE_WEIGHTS[head] for head in SCORE_WEIGHTS if support[head])
     present = sum(SCORE_WEIGHTS[head] * part for head, part in parts.items() if support[head])
     metrics |= {"score": combined_score(metrics), "score_present": present / max(weight, 1e-9)}
+    if not all(np.isfinite(output).all() for output in outputs.values()):
+        metrics |= {"score": np.nan, "score_present": np.nan}
     if not begins.all():
         predicted = {"action": action, "inv": inv, "slot": slot, "sure": outputs["hotbar"].max(1) > 0.5}
         metrics |= _event_metrics(predicted, controls, state, begins, fps)
@@ -166,7 +176,7 @@ def _event_metrics(predicted: dict, controls, state, begins, fps: float) -> dict
     metrics["change_accuracy"] = (pressed == should).mean() if changes.any() else 0.0
 
     slots = controls[:, list(HOTBAR_COLUMNS)] > 0.5
-    near = np.convolve(slots.any(1), np.ones(2 * NEAR + 1), "same") > 0  # of a true change
+    near = np.convolve(slots.any(1), np.ones(2 * NEAR + 1))[NEAR : NEAR + len(slots)] > 0  # of a true change
     other = predicted["slot"] != np.round(8 * state[:, CURRENT_SLOT])
     fires = predicted["sure"] & other & gameplay & ~near
     metrics["false_hotbar_per_minute"] = onsets(fires[:, None], begins).sum() / max(gameplay.sum() / fps / 60, 1e-9)

@@ -146,7 +146,12 @@ def _fps(raw: dict, times: np.ndarray) -> float:
     if "fps" in raw:
         if raw["fps"].size != 1 or raw["fps"].dtype.kind not in "fiu" or not 0 < float(raw["fps"].item()) < np.inf:
             raise ValueError(f"fps is {raw['fps']}, expected one positive number")
-        return float(raw["fps"].item())
+        fps, span = float(raw["fps"].item()), times[-1] - times[0]
+        if not 0.5 < fps * span / (len(times) - 1) < 2:
+            raise ValueError(
+                f"timestamps span {span:g} for {len(times)} frames, expected seconds at the fps of {fps:g}"
+            )
+        return fps
     return float((len(times) - 1) / (times[-1] - times[0])) if times[-1] > times[0] else 30.0
 
 

@@ -177,13 +177,10 @@ def compare_policy(folder: Path, args: Args):
     path = folder / "control_policy.onnx"
     off = ct.export_onnx(path, ct.RawPolicy(ct.ControlTransformer(), scale))
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = (
-        3,
-        1,
-    )  # idle threads of ONNX Runtime spin, and would count
+    options.log_severity_level, options.intra_op_num_threads = 3, 1  # idle threads spin, and would count
     session = ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    config = ct.make_config(ct.Args(), scale, np.full(15, 0.5), {})
-    policy = ct.ControlPolicy(config, lambda x, mask: session.run(None, {"x": x, "mask": mask}))
+    config = ct.make_config(ct.Args(), scale, 30.0, np.full(15, 0.5), {})
+    policy = ct.ControlPolicy(config, ct.onnx_engine(path))
     rng = np.random.default_rng(0)
     frames, states = (
         rng.random((args.steps, ct.FRAME_DIM), np.float32),

@@ -34,6 +34,7 @@ train() { # the form of the loss
 }
 
 echo "== 2 of 3: --loss-norm masked-mean and --loss-norm seed"
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 train masked-mean &
 first=$!
 train seed

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.make_control_sessions import score_sessions  # noqa: E402
 from controls_transformer import load_session  # noqa: E402
-from motion_controls.metrics import baseline_outputs, control_metrics  # noqa: E402
+from motion_controls.metrics import baseline_outputs, control_metrics, outputs_of  # noqa: E402
 
 SHOWN = {
     "score": "score",
@@ -39,7 +39,8 @@ HEADS = {
     "cursor_mse": -1,
     "avg_inv_f1": 1,
 }  # 1: more is better
-PLAYERS = ("free_running", "tuned", "no_history", "repeat_last", "do_nothing")
+POLICY = ("free_running", "tuned", "no_history", "given_out")
+BASELINES = ("repeat_last", "do_nothing", "always_on", "random")
 
 
 def load_runs(folder: Path) -> dict[str, dict]:
@@ -76,13 +77,32 @@ def fresh_metrics(folder: Path, norm: str) -> dict[str, dict]:
             raise SystemExit(f"{folder}/replays/{norm} holds {len(replays)} replays of {path.stem}, expected one")
         sessions.append(load_session(path))
         with np.load(replays[0], allow_pickle=False) as file:
-            outputs.append({name: file[name] for name in ("probs", "look", "hotbar", "cursor", "inv")})
+            outputs.append({name: file[name] for name in ("probs", "look", "hotbar", "cursor", "inv", "controls")})
     together = {name: np.concatenate([one[name] for one in outputs]) for name in outputs[0]}
+    given_out = outputs_of(together.pop("controls"))
     controls, state = (np.concatenate([session[name] for session in sessions]) for name in ("controls", "game_state"))
     begins = np.concatenate([np.arange(len(session["frames"])) == 0 for session in sessions])
-    players = {"fresh": together} | baseline_outputs(controls, begins)
-    rest = controls, state, thresholds[:12], thresholds[12:], begins
-    return {player: control_metrics(x, *rest) for player, x in players.items()}
+    before = np.roll(controls, 1, axis=0) * ~begins[:, None]
+    players = {"fresh": together, "given_out": given_out} | baseline_outputs(controls, before)
+    metrics = {
+        player: control_metrics(x, controls, state, thresholds[:12], thresholds[12:], begins)
+        for player, x in players.items()
+    }
+    metrics["fresh"]["score_interval"] = score_interval(together, controls, state, thresholds)
+    return metrics
+
+
+def score_interval(outputs: dict, controls, state, thresholds, block: int = 150, times: int = 500) -> list[float]:
+    """95 % interval of the score by drawing blocks of 5 seconds, (N, ...) arrays of rows that lie end to end."""
+    blocks = np.arange(len(controls) // block * block).reshape(-1, block)
+    rng, scores = np.random.default_rng(0), []
+    for _ in range(times):
+        rows = blocks[rng.integers(len(blocks), size=len(blocks))].ravel()
+        drawn = {name: array[rows] for name, array in outputs.items()}
+        everywhere = np.ones(len(rows), bool)  # no events: blocks do not follow each other
+        rest = controls[rows], state[rows], thresholds[:12], thresholds[12:], everywhere
+        scores.append(control_metrics(drawn, *rest)["score"])
+    return np.percentile(scores, [2.5, 97.5]).tolist()
 
 
 def demands(metrics: dict[str, dict], fresh: dict[str, dict], reachable: dict[str, dict]) -> dict[str, dict]:
@@ -108,8 +128,9 @@ def demands(metrics: dict[str, dict], fresh: dict[str, dict], reachable: dict[st
                 if nothing[head] == 0 and sign < 0:  # no such frame in these sessions
                     continue
                 rows[f"{SHOWN[head]}, {name}, against doing nothing"] = (player[head], nothing[head], sign)
-            for event in ("change_f1", "event_f1_in_time"):
+            for event in ("change_f1", "event_f1_in_time"):  # on both repeating the last gets 0, as it is always late
                 rows[f"{SHOWN[event]}, {name}, against repeating the last"] = (player[event], last[event], 1)
+            rows[f"event F1 / best reachable, {name}"] = (player["event_f1"] / best["event_f1"], 0.8, 1)
     checks = {}
     for name, (figure, limit, sign) in rows.items():
         better = sign * (figure - limit)
@@ -127,10 +148,13 @@ def markdown(runs: dict[str, dict], reachable: dict[str, dict], best: str, check
     norms = sorted(runs, key=lambda norm: norm != best)
     validation, fresh = {"best reachable": reachable["validation"]}, {"best reachable": reachable["fresh"]}
     for norm in norms:
-        validation |= {f"{player}, {norm}": runs[norm]["metrics"][player] for player in PLAYERS[:3]}
-        fresh[f"policy, {norm}"] = runs[norm]["fresh"]["fresh"]
-    validation |= {player: runs[best]["metrics"][player] for player in PLAYERS[3:]}
-    fresh |= {player: runs[best]["fresh"][player] for player in PLAYERS[3:]}
+        validation |= {f"{player}, {norm}": runs[norm]["metrics"][player] for player in POLICY}
+        fresh |= {
+            f"policy, {norm}": runs[norm]["fresh"]["fresh"],
+            f"given out, {norm}": runs[norm]["fresh"]["given_out"],
+        }
+    validation |= {player: runs[best]["metrics"][player] for player in BASELINES}
+    fresh |= {player: runs[best]["fresh"][player] for player in BASELINES}
     lines = ["fresh persons", "", *table(fresh), "", "validation sessions", "", *table(validation)]
     lines += ["", f"| has to hold, --loss-norm {best} | figure | limit | |", "|---|---|---|---|"]
     for name, row in checks.items():

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 import controls_transformer as ct
+from motion_controls import metrics as motion_metrics
 from motion_controls import sessions as motion_sessions
 
 ACTIONS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
@@ -1060,6 +1061,30 @@ def test_the_scale_of_one_row_is_finite(tmp_path, laid_out):
     assert (scale.std == 1).all() and scale.mean.isfinite().all()
 
 
+@pytest.mark.parametrize("persons", ["AAAAAAAAAB", "AAAAAAAABC", "AAAAAABBCD"])
+def test_a_person_with_most_sessions_is_trained_on(persons):
+    for seed in range(10):
+        train, val = ct.split_sessions(make_sessions(list(persons)), 0.2, seed)
+        assert 1 <= len(val) <= 2 and {persons[i] for i in train}.isdisjoint(persons[i] for i in val)
+
+
+@pytest.mark.parametrize("form", ["tiled", "per-frame"])
+def test_history_is_dropped_frame_by_frame(laid_out, form):
+    """A frame's controls are dropped wherever they stand in the window, or nowhere."""
+    session = {name: array.copy() for name, array in laid_out[0][0].items()}
+    session["controls"][:, 0] = 1 + np.arange(50)  # who is who
+    data = lay_out([session])
+    torch.manual_seed(0)
+    x = ct.gather_windows(data, all_rows(data)[45:46], form, history_dropout=0.5)[0]
+    found = x[0, :, 531:].view(30, 5, 28)[:, :, 0].numpy()
+    for i in range(30):
+        for k in range(5):
+            whose = 1 + (45 if form == "tiled" else 16 + i) - 5 + k
+            dropped = not (found == whose).any()
+            assert found[i, k] == (0 if dropped else whose)
+    assert 0 < (found == 0).mean() < 1
+
+
 def test_one_session_is_split_by_time_with_a_gap():
     train, val = ct.split_frames([200], [0], [], 0.2)
     assert train == {0: (0, 160)} and val == {0: (195, 200)}  # 35 frames between: no window sees both
@@ -1185,6 +1210,30 @@ def test_a_dropped_hand_is_an_absent_hand():
     assert (frames[:, untouched] == session["frames"][:, untouched]).all()
 
 
+@pytest.mark.parametrize("times", [np.arange(60) * 1000 / 30, np.zeros(60)])
+def test_timestamps_that_disagree_with_the_rate(tmp_path, times):
+    path = write_session(tmp_path, n=60, timestamps=times)
+    with pytest.raises(
+        ValueError, match="session_001.npz: timestamps span .* for 60 frames, expected seconds at the fps"
+    ):
+        ct.load_session(path)
+
+
+def test_sessions_of_two_rates_are_refused(tmp_path):
+    times = np.arange(60) / 10
+    paths = [write_session(tmp_path, 1), write_session(tmp_path, 2, timestamps=times, fps=np.float32(10))]
+    with pytest.raises(ValueError, match="session_002.npz has 10 frames a second, .*session_001.npz has 30"):
+        ct.check_sessions(paths, False)
+
+
+def test_what_cannot_be_opened_is_left_out_too(tmp_path):
+    (tmp_path / "session_002.npz").mkdir()
+    (tmp_path / "session_003.npz").symlink_to(tmp_path / "gone")
+    write_session(tmp_path, 1)
+    sessions, problems = ct.check_sessions(ct.find_sessions(tmp_path), True)
+    assert len(sessions) == 1 and len(problems) == 2 and "session_003.npz" in problems[1]
+
+
 @pytest.mark.parametrize("fault", ["NaN", "cut off"])
 def test_bad_sessions_are_left_out_only_when_asked(tmp_path, fault):
     paths = [write_session(tmp_path, i, n=40, seed=i) for i in (1, 2, 3)]
@@ -1294,15 +1343,60 @@ def test_thresholds_are_tuned_where_a_control_counts(laid_out):
     assert positives["jump"] == true[:, 6].sum() and positives["inv_shift_held"] == clicks[:, 2].sum()
 
 
+def test_closing_a_screen_weighs_what_it_is(laid_out):
+    """With plain means, the twelfth action's frames with a screen count as those without."""
+    torch.manual_seed(0)
+    out = {"action_logits": torch.zeros(64, 12), "look": torch.zeros(64, 2), "hotbar_logits": torch.zeros(64, 9)}
+    out |= {"cursor": torch.zeros(64, 2), "inv_click_logits": torch.zeros(64, 3)}
+    weights = dict.fromkeys(LOSSES, 0.0) | {"action": 1.0}
+    for gameplay in (1, 32, 63):
+        screen = torch.arange(64) >= gameplay
+        losses, shares = ct.head_losses(out, torch.zeros(64, 28), screen, (torch.ones(12), torch.ones(3)), True)
+        assert float(ct.combined_loss(losses, shares, weights, "masked-mean")) == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_metrics_of_a_few_frames(n):
+    controls, state = frames_of(n)
+    controls[-1, 14] = 1
+    metrics = ct.control_metrics(ct.outputs_of(controls), controls, state)
+    assert metrics["hotbar_accuracy"] == 1 and metrics["false_hotbar_per_minute"] == 0
+
+
+def test_outputs_that_are_not_finite_have_no_score():
+    controls, state = frames_of(20)
+    outputs = ct.outputs_of(controls)
+    assert np.isfinite(ct.control_metrics(outputs, controls, state)["score"])
+    metrics = ct.control_metrics(outputs | {"look": np.full((20, 2), np.nan)}, controls, state)
+    assert np.isnan(metrics["score"]) and np.isnan(metrics["score_present"])
+
+
+def test_events_match_as_in_a_plain_loop():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        session = np.cumsum(rng.random(40) < 0.1)
+        predicted, true = rng.random((2, 40)) < 0.3
+        early, late = rng.integers(0, 4, 2)
+        free, hits = list(np.flatnonzero(predicted)), 0
+        for t in np.flatnonzero(true):
+            near = [p for p in free if t - early <= p <= t + late and session[p] == session[t]]
+            hits += len(near) > 0
+            free = [p for p in free if p != near[0]] if near else free
+        expected = 2 * hits / max(1, predicted.sum() + true.sum())
+        assert motion_metrics.event_f1(predicted, true, session, early, late) == pytest.approx(expected)
+
+
 def test_baselines():
     controls, _ = frames_of(6)
     controls[:, 0], controls[2, 16] = np.arange(6) / 10, 1
-    begins = np.array([True, False, False, True, False, False])
-    players = ct.baseline_outputs(controls, begins)
+    before = np.roll(controls, 1, axis=0) * ~np.array([True, False, False, True, False, False])[:, None]
+    players = ct.baseline_outputs(controls, before)
     assert (players["do_nothing"]["probs"] == 0).all() and (players["do_nothing"]["cursor"] == 0.5).all()
     np.testing.assert_allclose(players["repeat_last"]["probs"][:, 0], [0, 0, 0.1, 0, 0.3, 0.4])
     assert players["repeat_last"]["hotbar"][:, 2].tolist() == [0, 0, 0, 0, 0, 0]  # row 2's is over where row 3 begins
-    assert (players["repeat_last"]["cursor"][[0, 3]] == 0.5).all()
+    assert (players["always_on"]["probs"] == 1).all() and (players["always_on"]["look"] == 0).all()
+    assert (players["always_on"]["cursor"] == 0.5).all()
+    np.testing.assert_allclose(players["random"]["probs"][:, 0], [0.3, 0.4, 0.5, 0, 0.1, 0.2])
 
 
 def test_the_stages_of_the_curriculum(network, laid_out):
@@ -1350,15 +1444,14 @@ class Engine:
         self.hotbar[slot] = confidence
 
 
-PLAIN = ct.Scale(torch.zeros(671), torch.ones(671), 1e9)
-
-
 class Player:
     """A policy with an `Engine`, stepped at 30 frames a second."""
 
     def __init__(self, **settings):
         self.engine, self.t, self.state = Engine(), 100.0, np.zeros(46, np.float32)
-        self.policy = ct.ControlPolicy(ct.make_config(ct.Args(**settings), PLAIN, np.full(15, 0.5), {}), self.engine)
+        self.policy = ct.ControlPolicy(
+            ct.make_config(ct.Args(**settings), PLAIN, 30.0, np.full(15, 0.5), {}), self.engine
+        )
 
     def step(self, frame=None, state=None) -> np.ndarray:
         self.t += 1 / 30
@@ -1413,7 +1506,7 @@ def test_each_control_has_its_own_threshold():
     thresholds = np.full(15, 0.5)
     thresholds[[4, 8]] = 0.2, 0.85
     player = Player()
-    player.policy = ct.ControlPolicy(ct.make_config(ct.Args(), PLAIN, thresholds, {}), player.engine)
+    player.policy = ct.ControlPolicy(ct.make_config(ct.Args(), PLAIN, 30.0, thresholds, {}), player.engine)
     for name in ("sprint", "use_item", "sneak"):
         player.press(name, 0.4)
     assert np.flatnonzero(player.step()).tolist() == [COLUMN["sprint"]]
@@ -1594,6 +1687,37 @@ def test_a_person_who_is_gone_releases_everything():
     assert not player.policy.controls.any()
 
 
+def test_a_person_who_flickers_does_not_repeat_a_pulse():
+    player = Player()
+    player.press("open_inventory", 0.9)
+    pressed = []
+    for t in range(12):  # seen on every second frame
+        frame = np.ones(260, np.float32) if t % 2 == 0 else None
+        player.t += 1 / 30
+        pressed.append(player.policy.step(frame, player.state, player.t)[COLUMN["open_inventory"]])
+    assert pressed == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]  # again after 0.3 s
+
+
+def test_a_screen_that_opens_while_nobody_is_seen_is_noticed():
+    player = Player()
+    player.press("inv_shift_held", 0.9)
+    player.steps(2)
+    player.state[38] = 1
+    player.policy.step(None, player.state, player.t)
+    assert player.steps(5)[:, COLUMN["inv_shift_held"]].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_the_state_outlives_a_frame_without_a_person():
+    player = Player()
+    player.press("move_forward", 0.9)
+    frame, forward = np.ones(260, np.float32), []
+    for t, (seen, state) in enumerate(
+        [(frame, player.state), (frame, None), (None, None), (frame, None), (frame, None)]
+    ):
+        forward.append(player.policy.step(seen, state, 100 + t / 30)[0])
+    assert forward == [1, 1, 0, 1, 1]
+
+
 def faults() -> dict:
     """What a step may be given that it cannot act on: frame, state, seconds since the last step."""
     frame, state = np.ones(260, np.float32), np.zeros(46, np.float32)
@@ -1701,13 +1825,15 @@ def saved(tmp_path_factory, laid_out):
         "script": "controls_transformer.py",
         "run_dir": "run",
     }
-    config = ct.make_config(ct.Args(**SMALL), scale, np.full(15, 2.0), {})
+    config = ct.make_config(ct.Args(**SMALL), scale, 30.0, np.full(15, 2.0), {})
     config["look_deadzone"], config["post_processing"]["hotbar_min_confidence"] = 9.0, 2.0
-    assert ct.write_policy(root / "run", root / "models", best, config, [], True) < 1e-4
+    assert ct.write_policy(root / "run", ct.Args(model_dir=str(root / "models")), best, config, []) < 1e-4
     assert sorted(path.name for path in (root / "models").iterdir()) == [
         "control_config.json",
         "control_policy.onnx",
         "control_policy.pt",
+        "controls_transformer.py",
+        "controls_transformer_args.json",
         "training_log.json",
     ]
     return root / "models", network
@@ -1744,7 +1870,7 @@ def test_the_config_has_every_specified_key(saved):
     )
     assert set(config["thresholds"]) == {ct.CONTROLS[c] for c in (*ACTIONS, 25, 26, 27)}
     assert "training" in config and json.loads((saved[0] / "training_log.json").read_text()) == []
-    defaults = ct.make_config(ct.Args(), PLAIN, np.full(15, 0.5), {})
+    defaults = ct.make_config(ct.Args(), PLAIN, 30.0, np.full(15, 0.5), {})
     assert (defaults["d_model"], defaults["nhead"], defaults["num_layers"], defaults["dim_feedforward"]) == (
         256,
         8,
