@@ -10,9 +10,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/controls_transformer}
-SESSIONS=${SESSIONS:-10} MINUTES=${MINUTES:-2} EPOCHS=${EPOCHS:-25} STRIDE=${STRIDE:-4} VAL_STRIDE=${VAL_STRIDE:-4}
+SESSIONS=${SESSIONS:-10} MINUTES=${MINUTES:-2} EPOCHS=${EPOCHS:-16} STRIDE=${STRIDE:-4} VAL_STRIDE=${VAL_STRIDE:-4}
 HISTORY_DROPOUT=${HISTORY_DROPOUT:-1.0} # 1: without a history, which free running could not repeat
-RESULTS=${RESULTS:-benchmarks/results/controls_transformer.json} FLAGS=${FLAGS:-}
+RESULTS=${RESULTS:-benchmarks/results/controls_transformer.json} FLAGS=${FLAGS:---dropout 0.1 --warmup-epochs 2}
 export TQDM_DISABLE=1 OMP_NUM_THREADS=1
 if [ -e "$OUT" ]; then
     echo "$OUT is there already; runs of two times would be mixed. Move it away, or name another: OUT=build/again" >&2
