@@ -25,7 +25,7 @@ CPU_VERSIONS = $(shell nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.
 PIP_OPTIONS = $(CPU_VERSIONS) $(addprefix --extra-index-url ,$(TORCH_INDEX))
 CHECK_PYTHON = import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, %s is %s. Name one: make PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))
 
-.PHONY: help install install-pokemon demo demo-pokemon test smoke lint sample fresh-labels record label label-all train train-awr train-no-awr train-custom export bench-speed
+.PHONY: help install install-pokemon demo demo-pokemon test smoke lint sample fresh-labels record label label-all train train-awr train-no-awr train-custom export play bench-speed
 .NOTPARALLEL:
 
 help: ## this list
@@ -87,6 +87,9 @@ train-custom: .venv/.core ## train with EPOCHS=, BATCH_SIZE=, LR= and any FLAGS=
 
 export: .venv/.core ## a checkpoint, CKPT= or the newest run's best.pt, as ONNX for playing: OUT=
 	.venv/bin/python export_reflex.py --checkpoint $(CKPT) --output $(OUT) $(FLAGS)
+
+play: .venv/.live ## the exported policy OUT= in the window WINDOW=; a dry run unless FLAGS=--send-keys
+	.venv/bin/python play_reflex.py live --model $(OUT) --window "$(WINDOW)" $(FLAGS)
 
 test: .venv/.test ## all tests; those of the game skip where SuperTux or Xvfb is missing
 	.venv/bin/pytest tests/static tests/unit tests/smoke tests/game

@@ -39,6 +39,7 @@ from common import runs
 from common.sessions import (
     EPISODES,
     RETURNS,
+    Session,
     find_sessions,
     key_names,
     key_table,
@@ -80,6 +81,8 @@ class Args:
     """keys to predict, such as KEY_RIGHT; empty means those down in `min_key_rate` of the training frames"""
     min_key_rate: float = 0.01
     """how often a key must be down to be predicted; share of frames"""
+    mix_corrections: bool = False
+    """also train on sessions that a policy played, on the stretches where a person took over; False leaves them out"""
     action_horizon: int = 2
     """predict the keys this many frames ahead, the player's reaction time; >= 0"""
     image_size: int = 224
@@ -173,6 +176,24 @@ class Recording:
     training: np.ndarray  # (N,) bool, usable and neither validation nor the gap beside it
 
 
+def person_plays(session: Session) -> np.ndarray:
+    """(N,) bool, where the keys are a person's or a script's. In a policy's play (play_reflex.py live) that is from a
+    person's key until `resume_after` seconds after the last one was released, as then the policy went on."""
+    if session.metadata.get("dry_run") != "false":
+        return np.ones(session.n_frames, bool)
+    theirs, held, rows = np.zeros(session.n_frames, bool), set(), session.inputs
+    rows = rows.filter(pc.and_(pc.equal(rows["source"], "human"), pc.equal(rows["event_type"], "key")))
+    times, wait_ms = rows["timestamp"].to_numpy(), 1000 * float(session.metadata["resume_after"])
+    following = np.append(times[1:], np.inf)
+    for first, nxt, name, state in zip(
+        times, following, rows["key_name"].to_pylist(), rows["state"].to_pylist(), strict=True
+    ):
+        (held.discard if state == "up" else held.add)(name)
+        last = nxt if held else min(nxt, first + wait_ms)
+        theirs |= (session.timestamps >= first) & (session.timestamps < last)
+    return theirs
+
+
 def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
     session = load_session(folder)
     reader = VideoReader(session.video)
@@ -204,6 +225,7 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
     usable = episode >= 0
     usable[: CONTEXT - 1] = usable[N - h :] = False
     usable[: N - h] &= episode[h:] == episode[: N - h]
+    usable[: N - h] &= person_plays(session)[h:N]
     return Recording(
         name=session.name,
         video=session.video,
@@ -773,6 +795,12 @@ def main(args: Args) -> dict:
             given = f"--action-horizon {args.action_horizon} --val-fraction {args.val_fraction}"
             raise ValueError(f"{given} --batch-size {args.batch_size}: expected 0 or more, 0 to 0.5, and 1 or more")
         folders = find_sessions(args.data_dir)
+        played = [folder for folder in folders if not person_plays(load_session(folder)).all()]
+        if played and not args.mix_corrections:
+            print(f"left out what a policy played: {', '.join(folder.name for folder in played)} (--mix-corrections)")
+            folders = [folder for folder in folders if folder not in played]
+        if not folders:
+            raise ValueError(f"{args.data_dir} holds only sessions that a policy played. Train with --mix-corrections")
         train_folders, heldout_folders = split_sessions(folders, args.heldout)
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
         recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]

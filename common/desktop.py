@@ -1,16 +1,19 @@
 """The desktop: grab pixels, find windows, press keys, hear keys. Libraries are imported when an object is made.
 
 Times are CLOCK_MONOTONIC nanoseconds. Keys carry evdev names (`KEY_RIGHT`); an X keycode is the evdev code plus 8.
-Windows are found and keys are sent on X11 only. `PynputListener` and `EvdevListener` are untested.
+Windows are found on X11 only. `PynputListener`, `EvdevListener`, `PynputKeyboard` and `UinputKeyboard` are untested.
 """
 
 import contextlib
 import importlib
 import os
 import queue
+import select
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -46,17 +49,20 @@ class Screen:
         self.errors = (mss.ScreenShotError, AssertionError)  # the latter where the X server went first
         self.failure = ""
 
-    def grab(self) -> tuple[np.ndarray | None, int]:
-        """uint8 (height, width, 3) RGB and the time it was taken. The picture is None, and `failure` tells why, where
-        there is none, as of a region that leaves the screen."""
+    def grab(self, out: np.ndarray | None = None) -> tuple[np.ndarray | None, int]:
+        """uint8 (height, width, 3) RGB and the time it was taken; into `out` where given, which may be smaller. The
+        picture is None, and `failure` tells why, where there is none, as of a region that leaves the screen."""
         try:
             shot = self.mss.grab(dict(zip(("left", "top", "width", "height"), self.region, strict=True)))
         except self.errors as error:
             self.failure = str(error).partition("\n")[0]
             return None, time.monotonic_ns()
         now = time.monotonic_ns()
-        bgra = np.frombuffer(shot.bgra, np.uint8).reshape(shot.height, shot.width, 4)
-        return np.ascontiguousarray(bgra[..., 2::-1]), now
+        bgra = np.frombuffer(shot.raw, np.uint8).reshape(shot.height, shot.width, 4)
+        out = np.empty((shot.height, shot.width, 3), np.uint8) if out is None else out
+        for channel in range(3):  # four times as fast as a copy of the reversed axis
+            out[..., channel] = bgra[: out.shape[0], : out.shape[1], 2 - channel]
+        return out, now
 
     def close(self):
         with contextlib.suppress(*self.errors):
@@ -109,21 +115,22 @@ class Window:
         return isinstance(window, int) or window != self.root or focus.focus == self.root
 
 
-class Keyboard:
-    """Presses keys by XTEST. `sent` is the ledger: (monotonic ns, name, "down" | "up") of everything it sent."""
+class Sender:
+    """Presses keys. `sent` is the ledger: (monotonic ns, name, "down" | "up") of everything it sent."""
 
-    def __init__(self, display: str):
-        self.display, self.X = _connect(display)
+    def __init__(self):
         self.held: set[str] = set()
         self.sent: list[tuple[int, str, str]] = []
 
     def hold(self, names: set[str]):
-        """Make exactly these keys held: press what is missing, release what is left over."""
-        for name in sorted(self.held - names):
-            self._send(name, "up")
-        for name in sorted(names - self.held):
-            self._send(name, "down")
-        self.display.sync()
+        """Make exactly these keys held: press what is missing, release what is left over. Returns when the keys have
+        arrived. Raises ConnectionError where there is nothing left to send to."""
+        changes = [(name, "up") for name in sorted(self.held - names)]
+        changes += [(name, "down") for name in sorted(names - self.held)]
+        for name, state in changes:
+            self._note(name, state)
+        if changes:
+            self._flush()
 
     def tap(self, name: str, seconds: float = 0.05):
         held = set(self.held)
@@ -131,17 +138,47 @@ class Keyboard:
         time.sleep(seconds)
         self.hold(held)
 
-    def _send(self, name: str, state: str):
-        from Xlib.ext import xtest
-
+    def _note(self, name: str, state: str):
         if name not in KEY_CODES:
             raise ValueError(
                 f"{name!r} is no key name known here, expected one like KEY_RIGHT (common.sessions.KEY_CODES)"
             )
-        kind = self.X.KeyPress if state == "down" else self.X.KeyRelease
         self.sent.append((time.monotonic_ns(), name, state))
-        xtest.fake_input(self.display, kind, KEY_CODES[name] + 8)
-        self.held ^= {name}
+        self.held.add(name)  # before it goes down and until it has gone up, should this be interrupted
+        self._send(name, state == "down")
+        if state == "up":
+            self.held.discard(name)
+
+    def _flush(self):
+        """Wait until what was sent has arrived, where one can know."""
+
+
+class Keyboard(Sender):
+    """X11, by XTEST."""
+
+    def __init__(self, display: str | None):
+        super().__init__()
+        self.display, self.X = _connect(display)
+
+    def hold(self, names: set[str]):
+        from Xlib.error import ConnectionClosedError
+
+        try:
+            super().hold(names)
+        except (ConnectionClosedError, OSError) as error:
+            raise ConnectionError(f"keys cannot be sent, the X server has ended ({error})") from None
+
+    def _send(self, name: str, down: bool):
+        from Xlib.ext import xtest
+
+        xtest.fake_input(self.display, self.X.KeyPress if down else self.X.KeyRelease, KEY_CODES[name] + 8)
+
+    def _flush(self):
+        self.display.sync()
+
+    def down(self) -> set[str]:
+        """The keys that the server holds for pressed, whoever pressed them."""
+        return _names_down(self.display)
 
     def close(self):
         """Release everything: a key held by a closed client stays held."""
@@ -149,19 +186,151 @@ class Keyboard:
         _ask(self.display.close)
 
 
+class PynputKeyboard(Sender):
+    """Windows and macOS. Untested."""
+
+    def __init__(self):
+        super().__init__()
+        keyboard = _import("pynput.keyboard")
+        self.controller, words = keyboard.Controller(), PYNPUT.split()
+        plain = {name: name.removeprefix("KEY_").lower() for name in KEY_CODES}  # letters, digits, what both call alike
+        table = {f"KEY_{name}": word for word, name in zip(words[-2::-2], words[::-2], strict=True)}  # first ones win
+        names = plain | {name: word for name, word in table.items() if len(plain[name]) > 1}
+        self.names = {name: getattr(keyboard.Key, word, word) for name, word in names.items()}
+
+    def _send(self, name: str, down: bool):
+        key = self.names[name]
+        if isinstance(key, str) and len(key) > 1:
+            raise ValueError(f"pynput cannot press {name}. Train without it: iql_reflex.py --keys")
+        (self.controller.press if down else self.controller.release)(key)
+
+    def close(self):
+        self.hold(set())
+
+
+class UinputKeyboard(Sender):
+    """A keyboard of the Linux kernel, for Wayland. Untested. The kernel releases its keys when the program ends."""
+
+    def __init__(self):
+        super().__init__()
+        evdev = _import("evdev", "wayland")
+        self.key_event = evdev.ecodes.EV_KEY
+        try:
+            self.device = evdev.UInput({self.key_event: list(KEY_CODES.values())}, name="reflex policy")
+        except (OSError, evdev.UInputError) as error:
+            raise PermissionError(
+                f"/dev/uinput cannot be used ({error}). Let your group write to it, then log in again: "
+                "sudo modprobe uinput && sudo setfacl -m g:input:rw /dev/uinput"
+            ) from None
+
+    def _send(self, name: str, down: bool):
+        self.device.write(self.key_event, KEY_CODES[name], int(down))
+
+    def _flush(self):
+        self.device.syn()
+
+    def close(self):
+        self.hold(set())
+        self.device.close()
+
+
+class Ledger:
+    """Tells our keys from a person's, which look alike when they are heard: ours were sent within 50 ms of it."""
+
+    TOLERANCE_NS = 50_000_000
+
+    def __init__(self, sender: Sender | None):
+        self.sender, self.read = sender, 0  # entries of `sender.sent` taken over
+        self.open: list[tuple[int, int, str, str]] = []  # (first ns, last ns, name, state) not heard yet
+        self.ours: set[str] = set()  # keys whose last press was ours
+
+    def note(self):
+        """Call it after each `hold`: what was sent arrived between the time it was noted and now."""
+        now = time.monotonic_ns()
+        for sent_ns, name, state in self.sender.sent[self.read :] if self.sender else ():
+            self.open.append((sent_ns - self.TOLERANCE_NS, now + self.TOLERANCE_NS, name, state))
+        self.read = len(self.sender.sent) if self.sender else 0
+
+    def is_ours(self, heard_ns: int, name: str, state: str) -> bool:
+        """Whether an event heard, `state` "down", "up" or "repeat", was sent by us. Each entry is used once; repeats
+        belong to whoever pressed the key."""
+        if state == "repeat":
+            return name in self.ours
+        self.open = [entry for entry in self.open if entry[1] > heard_ns - 5_000_000_000]  # never heard
+        for number, (first, last, key, direction) in enumerate(self.open):
+            if (key, direction) == (name, state) and first <= heard_ns <= last:
+                del self.open[number]
+                (self.ours.add if state == "down" else self.ours.discard)(name)
+                return True
+        self.ours.discard(name)
+        return False
+
+
+class Watchdog:
+    """A process (common/key_watchdog.py) that outlives this one and releases `names` on the X server when this one is
+    gone, kill -9 included, or has not called `beat` for `silence_s`. It has a session of its own and notices the end by
+    a closed pipe."""
+
+    def __init__(self, display: str | None, names: list[str], silence_s: float = 2.0):
+        codes = [str(KEY_CODES[name] + 8) for name in names]
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("key_watchdog.py")), display or "", str(silence_s), *codes],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def wait_ready(self, timeout_s: float = 20):
+        """Raises RuntimeError where it does not start: without it no key may be pressed."""
+        ready = select.select([self.process.stdout], [], [], timeout_s)[0]
+        if not ready or self.process.stdout.readline() != b"ready\n":
+            self.process.kill()
+            raise RuntimeError(
+                f"the watchdog that releases keys did not start within {timeout_s:.0f} s. Try again with less running"
+            )
+
+    def beat(self):
+        """We are alive. Raises RuntimeError where the watchdog is not."""
+        try:
+            os.write(self.process.stdin.fileno(), b".")
+        except OSError:
+            raise RuntimeError("the watchdog that releases keys has ended, so nothing more is pressed") from None
+
+    def close(self, released: bool):
+        """It goes at once where everything is released, otherwise it releases first."""
+        with contextlib.suppress(OSError):
+            if released:
+                os.write(self.process.stdin.fileno(), b"q")
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
 class Listener:
     """Hears every key, whichever window has the focus. A thread fills `heard` with (monotonic ns, name, pressed)."""
 
     def __init__(self):
         self.heard: queue.Queue[tuple[int, str, bool]] = queue.Queue()
+        self.waiting: list[tuple[int, str, bool]] = []  # taken out of `heard` by `wait`
         self.thread: threading.Thread  # ends when nothing can be heard any more
         self.held: set[str] = set()  # as of the last `drain`; at first the keys that were held already
 
+    def wait(self, seconds: float):
+        """Until something is heard, at most `seconds`."""
+        with contextlib.suppress(queue.Empty):
+            self.waiting.append(self.heard.get(timeout=max(0.0, seconds)))
+
     def drain(self) -> list[tuple[int, str, str]]:
         """(monotonic ns, name, "down" | "up" | "repeat") of what was heard since the last call."""
-        events = []
+        heard, self.waiting, events = self.waiting, [], []
         while not self.heard.empty():
-            now, name, pressed = self.heard.get()
+            heard.append(self.heard.get())
+        for now, name, pressed in heard:
             if pressed:
                 events.append((now, name, "repeat" if name in self.held else "down"))
                 self.held.add(name)
@@ -199,9 +368,7 @@ class KeyListener(Listener):
         self.thread.start()
         if not self.ready.wait(5):
             raise TimeoutError(f"display {display}: RECORD did not start within 5 s. Start the X server again.")
-        bits = self.control.query_keymap()  # 32 bytes, one bit per keycode
-        codes = [code for code in range(256) if bits[code // 8] >> code % 8 & 1]
-        self.held = {NAMES.get(code - 8, f"KEYCODE_{code}") for code in codes}
+        self.held = _names_down(self.control)
 
     def _listen(self):
         _ask(lambda: self.data.record_enable_context(self.context, self._receive))
@@ -299,6 +466,12 @@ class EvdevListener(Listener):
     def close(self):
         for device in self.devices:
             device.close()
+
+
+def _names_down(display) -> set[str]:
+    bits = display.query_keymap()  # 32 bytes, one bit per keycode
+    codes = [code for code in range(256) if bits[code // 8] >> code % 8 & 1]
+    return {NAMES.get(code - 8, f"KEYCODE_{code}") for code in codes}
 
 
 def _import(name: str, extra: str = "live"):

@@ -16,7 +16,7 @@ from supertux_env.launch import APT, DATA_DIR
 TILE = 32  # pixels
 ROWS = 15  # a generated level is one screen high, so the camera only moves sideways
 FLOWERS = 0.5  # of the generated levels have a fire flower at the start
-STOCK = {"welcome_antarctica": DATA_DIR / "levels/world1/welcome_antarctica.stl"}
+STOCK = {name: DATA_DIR / f"levels/world1/{name}.stl" for name in ("welcome_antarctica", "journey_begins")}
 ENEMIES = (
     "snowball smartball mriceblock mrbomb jumpy flyingsnowball bouncingsnowball spiky captainsnowball fish "
     "kamikazesnowball sspiky walkingleaf zeekling"
@@ -142,6 +142,12 @@ def make_level(name: str, seed: int, path: Path) -> Path:
     if name not in STOCK:
         raise ValueError(f"level {name!r} is not known, expected generated or one of {sorted(STOCK)}")
     return instrument_level(STOCK[name], path)
+
+
+def move_spawn(path: Path, pixels: float) -> Path:
+    """Rewrite a level with its spawn point that far to the right. The ground there has to be flat."""
+    place = re.compile(r'(\(spawnpoint\s*\(name "main"\)\s*\(x )([\d.]+)')
+    return _write(path, place.sub(lambda m: f"{m[1]}{float(m[2]) + pixels:.1f}", _read(path), count=1))
 
 
 def read_terrain(path: Path) -> Terrain:
