@@ -96,6 +96,8 @@ class Play:
         position = self.game.position()
         self.start_ns = self.start_ns or now_ns
         won = self.game.count("win") > 0
+        # sent in the frame's own millisecond, a key would be taken for one that was held before
+        time.sleep(max(0.0, 0.001 - (time.monotonic_ns() - now_ns) / 1e9))
         self.keyboard.hold(set() if won else self.player.due())
         acting = self.game.alive and not won and now_ns - self.start_ns > self.pause_ns
         self.player.decide(frame, position if acting else None)
