@@ -336,9 +336,8 @@ def gather_windows(data: Recordings, rows, history_form: str = "tiled", history_
     history = data.histories.index_select(0, begins)  # oldest first, 0 before the start of a session
     history = history.view(*ends.shape, HISTORY, CONTROL_DIM)
     if history_dropout:  # before normalising, so that a dropped entry equals the start of a session
-        kept = (
-            torch.rand((B, ends.shape[1] + HISTORY - 1), device=device) > history_dropout
-        )  # of the frames they are of
+        # drawn for each frame of the recording, so that one is gone wherever it stands in the window
+        kept = torch.rand((B, ends.shape[1] + HISTORY - 1), device=device) > history_dropout
         history *= kept.unfold(1, HISTORY, 1).unsqueeze(3)
     history = history.flatten(2)  # (B, 1 or 30, 140)
     mean, std, clip = data.scale
