@@ -11,6 +11,7 @@ In: best.pt and the script of a run folder. Out: <output>.onnx and <output>_mani
 
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -60,12 +61,14 @@ OPSET = 18  # the first with an antialiased Resize
 TOLERANCE = 1e-3  # outputs of graph and torch on the same resized frames, relative above 1
 VALUES_OFF = 0.08  # share of a resized noise frame's values that may differ from common.video.resize, by one level of
 # 255: there the weights are integers of 16 bits, in the graph float32. Frames that are enlarged may differ by two
+OUTPUTS = ("keys_logits", "mouse_pos", "value", "q")  # q only of a network with a Q head
 SCENES = ("flat", "noise", "scene")  # kinds of golden frames
 
 
 # the graph ------------------------------------------------------------------------------------------------------------
 class RawReflexNet(nn.Module):
-    """Raw frames (B, T, H, W, 3) uint8 -> key logits (B, K), mouse (B, 2), value (B,), and the stacks made of them."""
+    """Raw frames (B, T, H, W, 3) uint8 -> key logits (B, K), mouse (B, 2), value (B,), of a network with a Q head the
+    smaller Q of every set of keys (B, 2^K), and the stacks made of the frames."""
 
     def __init__(self, network: nn.Module, image_size: int):
         super().__init__()
@@ -79,12 +82,24 @@ class RawReflexNet(nn.Module):
             frames = F.interpolate(frames.float(), size, mode="bilinear", antialias=True)
             frames = (frames + 0.5).clamp(0, 255).to(torch.uint8)
         stacks = frames.unflatten(0, (B, T)).flatten(1, 2)  # (B, T * 3, S, S)
-        keys_logits, mouse_pos, value = self.network(stacks)
-        return keys_logits, mouse_pos, value, stacks
+        return *network_outputs(self.network, stacks), stacks
+
+
+def network_outputs(network: nn.Module, stacks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the graph gives for stacks (B, T * 3, S, S), in the order of OUTPUTS. Bit k of a set's number is key k."""
+    if getattr(network, "q_head", None) is None:
+        return network(stacks)
+    features = network.features(stacks)  # (B, F)
+    keys_logits, mouse_pos, value = network.heads(features)
+    B, K = keys_logits.shape
+    sets = torch.tensor(list(itertools.product((0.0, 1.0), repeat=K))).flip(1)  # (2^K, K), the first key changes first
+    q = network.q_head(features[:, None].expand(B, 2**K, -1), sets.expand(B, 2**K, K)).amin(0)
+    return keys_logits, mouse_pos, value, q
 
 
 def build_graphs(network: nn.Module, image_size: int, T: int, height: int, width: int) -> tuple[bytes, bytes]:
-    """The ONNX graph with its three outputs, and the same with the stacks as a fourth, for comparison."""
+    """The ONNX graph with its outputs, and the same with the stacks as a further one, for comparison."""
+    names = OUTPUTS[: 3 if getattr(network, "q_head", None) is None else 4]
     example = torch.zeros((2, T, height, width, 3), dtype=torch.uint8)  # a batch of 1 would be taken for a constant
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing
     with warnings.catch_warnings(), torch.no_grad():
@@ -93,7 +108,7 @@ def build_graphs(network: nn.Module, image_size: int, T: int, height: int, width
             RawReflexNet(network, image_size).eval(),
             (example,),
             input_names=["pixels"],
-            output_names=["keys_logits", "mouse_pos", "value", "stacks"],
+            output_names=[*names, "stacks"],
             dynamic_shapes={"pixels": {0: "batch", 2: "height", 3: "width"}},
             opset_version=OPSET,
             dynamo=True,
@@ -101,7 +116,7 @@ def build_graphs(network: nn.Module, image_size: int, T: int, height: int, width
         )
     model = program.model_proto
     with_stacks = model.SerializeToString()
-    del model.graph.output[3]
+    del model.graph.output[len(names)]
     onnx.checker.check_model(model)
     return model.SerializeToString(), with_stacks
 
@@ -156,7 +171,7 @@ def check_parity(network: nn.Module, graph: bytes, with_stacks: bytes, sizes: li
 
         # the network on the graph's stacks, then from end to end
         for name, output, true in zip(
-            ("keys_logits", "mouse_pos", "value"), outputs, network(torch.from_numpy(stacks)), strict=True
+            OUTPUTS[: len(outputs)], outputs, network_outputs(network, torch.from_numpy(stacks)), strict=True
         ):
             scale = true.abs().clamp(min=1).numpy()
             off = float((np.abs(output - true.numpy()) / scale).max())
@@ -249,6 +264,7 @@ def build_manifest(network, module, checkpoint: dict, args: Args, path: Path | N
     """Everything that a player of the model has to know; docs/export_reflex.md explains the entries."""
     keys, S, T = checkpoint["keys"], checkpoint["image_size"], module.CONTEXT
     fps, h = float(checkpoint["fps"]), checkpoint["action_horizon"]
+    q_entry = {"shape": ["batch", 2 ** len(keys)], "description": "Q of each set of keys; bit k of its number is key k"}
     mean, std = (getattr(network, name, None) for name in ("mean", "std"))  # (1, T * 3, 1, 1), of 0..255
     return {
         "model": {"file": args.output.name, "opset": OPSET},
@@ -267,7 +283,8 @@ def build_manifest(network, module, checkpoint: dict, args: Args, path: Path | N
             "keys_logits": {"shape": ["batch", len(keys)], "keys": keys},
             "mouse_pos": {"shape": ["batch", 2], "range": "0..1 of the picture's width (x) and height (y)"},
             "value": {"shape": ["batch"], "description": "expected return from here; not needed to choose keys"},
-        },
+        }
+        | ({} if getattr(network, "q_head", None) is None else {"q": q_entry}),
         "fps": fps,
         "horizon": {"frames": h, "ms": 1000 * h / fps},
         "thresholds": checkpoint["thresholds"],

@@ -1,7 +1,7 @@
 """Advantage-weighted reflex policy for side-scrollers: from recorded sessions to keys, learnt offline.
 
 Learns from `recording.mp4`, `inputs.parquet` (docs/data.md) and the returns of `precompute_labels.py`. A value head
-fits an upper expectile of the return (Kostrikov et al. 2021, IQL, eq. 5, on Monte Carlo returns: there is no Q head);
+fits an upper expectile of the return (Kostrikov et al. 2021, IQL, eq. 5), with --q-head of a bootstrapped Q (eq. 6);
 the key head imitates the player, weighted by exp(advantage) (Peng et al. 2019, AWR, eq. 3); an inverse-dynamics head
 names the keys that led from one frame to the next (Pathak et al. 2017, ICM, eq. 2). Page: docs/iql_reflex.md
 
@@ -12,6 +12,7 @@ In: a folder of labelled sessions. Out: runs/<task>__iql_reflex__<seed>__<time>/
 eval.png, eval.mp4 and TensorBoard events.
 """
 
+import copy
 import os
 import time
 from collections import Counter, deque
@@ -96,6 +97,8 @@ class Args:
 
     backbone: Literal["resnet18", "cnn"] = "resnet18"
     """resnet18 (11.2 M parameters) or a 4-layer cnn"""
+    cnn_grid: int = 4
+    """the cnn's features are averaged over a grid of so many squares a side; more say better where things are"""
     pretrained: str | None = None
     """file with torchvision's ResNet-18 weights (state dict); None starts from random ones"""
     epochs: int = 10
@@ -131,6 +134,12 @@ class Args:
     """coefficient of the mouse loss, on frames where the pointer is known"""
     inv_dyn_weight: float = 0.2
     """coefficient of the inverse-dynamics loss; 0 leaves the head out"""
+    q_head: bool = False
+    """advantages from a twin Q(s, a) that bootstraps from the rewards (IQL) in place of returns; at most 8 keys"""
+    q_coef: float = 0.5
+    """coefficient of the Q loss"""
+    q_tau: float = 0.005
+    """share of Q that its target takes over in each update"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or not; auto takes it on CUDA, and on CPUs with AMX, elsewhere it is slower"""
     compile_model: bool = False
@@ -154,6 +163,7 @@ class Args:
 CONTEXT = 3  # frames in a stack, oldest first
 RUN = 8  # frames that are decoded together and stay together in the shuffle buffer
 MIX = 64  # runs whose frames are shuffled when they leave it
+MAX_Q_KEYS = 8  # an exported Q head says what each of 2^K sets of keys is worth
 EPOCH_FILE = "reflex_epoch_{}.pth"  # in `checkpoint_dir`, the first epoch is 0
 
 
@@ -171,7 +181,10 @@ class Recording:
     mouse: np.ndarray  # (N, 2) pointer in 0..1 of the picture
     mouse_known: np.ndarray  # (N,) bool
     returns: np.ndarray  # (N,)
+    rewards: np.ndarray  # (N,) on the way from frame i to i + 1, as labelled; the returns are made of them
+    gamma: float  # of the returns, per frame; NaN in labels that do not say
     finished: np.ndarray  # (N,) bool, the episode ended in a win or a death, so the return is known
+    terminal: np.ndarray  # (N,) bool, the last frame of such an episode that has a label
     usable: np.ndarray  # (N,) bool, frame and label lie inside one episode, the stack inside the recording
     training: np.ndarray  # (N,) bool, usable and neither validation nor the gap beside it
 
@@ -204,10 +217,13 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         )
     keys_now, keys_any = (table[:N] for table in key_table(session, keys))  # (N, K), (N, K)
     mouse, mouse_known = mouse_table(session)
-    returns, finished, episode = np.zeros(N), np.zeros(N, bool), np.full(N, -1)
+    returns, rewards, episode = np.zeros(N), np.zeros(N), np.full(N, -1)
+    finished, terminal = np.zeros(N, bool), np.zeros(N, bool)
     for row in read_table(folder / "episodes.parquet", EPISODES).to_pylist():
         inside = slice(row["start_frame"], row["end_frame"] + 1)
         episode[inside], finished[inside] = row["episode_id"], row["outcome"] != "INCOMPLETE"
+        if row["outcome"] != "INCOMPLETE" and row["start_frame"] <= row["end_frame"] - h < N:
+            terminal[row["end_frame"] - h] = True
     table = read_table(folder / "returns.parquet", RETURNS)
     made_for, size = (table.schema.metadata or {}).get(b"recording_bytes"), session.video.stat().st_size
     if made_for is not None and int(made_for) != size:
@@ -222,6 +238,7 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         )
     table = table.filter(pc.less(table["frame_idx"], N))
     returns[table["frame_idx"].to_numpy()] = table["return"].to_numpy()
+    rewards[table["frame_idx"].to_numpy()] = table["reward"].to_numpy()
     usable = episode >= 0
     usable[: CONTEXT - 1] = usable[N - h :] = False
     usable[: N - h] &= episode[h:] == episode[: N - h]
@@ -236,7 +253,10 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         mouse=mouse[:N] / [reader.width, reader.height],
         mouse_known=mouse_known[:N],
         returns=returns,
+        rewards=rewards,
+        gamma=float((table.schema.metadata or {}).get(b"gamma", "nan")),
         finished=finished,
+        terminal=terminal,
         usable=usable,
         training=usable.copy(),
     )
@@ -410,29 +430,47 @@ class ResNet18(nn.Module):
 class CNN(nn.Module):
     """(B, channels, H, W) -> (B, 512)"""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, grid: int):
         super().__init__()
         layers = []
         for inputs, outputs in [(channels, 32), (32, 64), (64, 128), (128, 128)]:
             layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128 * 16, 512), nn.ReLU())
+        pooled = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(128 * grid**2, 512), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, *pooled)
 
     def forward(self, x):
         return self.layers(x)
 
 
-class ReflexNet(nn.Module):
-    """Shared backbone with a key, a mouse, a value and, where asked for, an inverse-dynamics head. Any H and W."""
+class TwinQ(nn.Module):
+    """Two Q(s, a) of features and keys; where one is asked for, the smaller (Fujimoto et al. 2018, TD3)."""
 
-    def __init__(self, n_keys: int, backbone: str, inverse_dynamics: bool = False):
+    def __init__(self, n_features: int, n_keys: int):
         super().__init__()
-        self.backbone = {"resnet18": ResNet18, "cnn": CNN}[backbone](3 * CONTEXT)
+        sizes = n_features + n_keys, 256
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(*sizes), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, features, keys):  # (..., F), (..., K) -> (2, ...)
+        features_and_keys = torch.cat([features, keys], -1)
+        return torch.stack([head(features_and_keys).squeeze(-1) for head in self.heads])
+
+
+class ReflexNet(nn.Module):
+    """Shared backbone with a key, a mouse and a value head, and where asked for inverse dynamics and Q. Any H and W."""
+
+    def __init__(self, n_keys: int, backbone: str, grid: int = 4, inverse_dynamics: bool = False, q_head: bool = False):
+        super().__init__()
+        self.backbone = CNN(3 * CONTEXT, grid) if backbone == "cnn" else ResNet18(3 * CONTEXT)
         self.keys_head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, n_keys))
         self.mouse_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 2), nn.Sigmoid())
         self.value_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
         self.inverse_head = None
         if inverse_dynamics:
             self.inverse_head = nn.Sequential(nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, n_keys))
+        self.q_head = TwinQ(512, n_keys) if q_head else None
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
 
@@ -455,6 +493,19 @@ def expectile_loss(returns, value, expectile, mask):
     difference = returns - value
     weight = torch.where(difference > 0, expectile, 1 - expectile)
     return (weight * difference.square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def q_loss(q, rewards, next_value, mask):
+    """IQL eq. 6: (r + gamma V(s') - Q(s, a))^2, mean over both Q and the rows in `mask`. `next_value` is gamma V(s'),
+    0 after an end. (2, B), (B,), (B,), (B,) -> scalar"""
+    return ((rewards + next_value - q).square().mean(0) * mask).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def update_target(target_q, q_head, tau: float):
+    """Let the target of Q follow it (Polyak averaging)."""
+    for slow, fast in zip(target_q.parameters(), q_head.parameters(), strict=True):
+        slow.lerp_(fast, tau)
 
 
 def update_running(running, advantage, mask, decay: float = 0.99):
@@ -805,6 +856,13 @@ def main(args: Args) -> dict:
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
         recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]
         heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
+        gamma = recordings[0].gamma
+        if args.q_head and (len(keys) > MAX_Q_KEYS or any(recording.gamma != gamma for recording in recordings)):
+            found = f"{len(keys)} keys, gamma {', '.join(sorted({str(recording.gamma) for recording in recordings}))}"
+            raise ValueError(
+                f"{args.data_dir}: {found}. --q-head needs {MAX_Q_KEYS} keys at most, see --keys, and one gamma: label "
+                f"again with precompute_labels.py --overwrite --data-dir {args.data_dir}"
+            )
         if sum(int(recording.usable.sum()) for recording in heldout) < 2:
             names = ", ".join(recording.name for recording in heldout)
             raise ValueError(f"{names}: no two held-out frames to score on. Name longer sessions with --heldout")
@@ -826,7 +884,7 @@ def main(args: Args) -> dict:
     total_updates = args.max_updates or args.epochs * updates_per_epoch
     labels = {  # rows of all training recordings laid end to end
         name: torch.tensor(np.concatenate([getattr(recording, name) for recording in recordings]), dtype=torch.float32)
-        for name in ("keys", "keys_now", "returns", "finished", "mouse", "mouse_known")
+        for name in ("keys", "keys_now", "returns", "rewards", "finished", "terminal", "mouse", "mouse_known")
     }
     down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
     pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
@@ -856,12 +914,19 @@ def main(args: Args) -> dict:
 
     # network and optimiser
     runs.seed_everything(args.seed, args.torch_deterministic)
-    sizes = {"n_keys": len(keys), "backbone": args.backbone, "inverse_dynamics": args.inv_dyn_weight != 0}
+    sizes = {
+        "n_keys": len(keys),
+        "backbone": args.backbone,
+        "grid": args.cnn_grid,
+        "inverse_dynamics": args.inv_dyn_weight != 0,
+        "q_head": args.q_head,
+    }
     network = ReflexNet(**sizes)
     if args.pretrained:
         network.backbone.load_pretrained(args.pretrained)
     network = network.to(device, memory_format=torch.channels_last)
     features_of = torch.compile(network.features) if args.compile_model else network.features
+    target_q = copy.deepcopy(network.q_head)  # None without that head
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     pos_weight, running = pos_weight.to(device), torch.zeros(3, device=device)
     best_ap = -1.0
@@ -869,6 +934,8 @@ def main(args: Args) -> dict:
         network.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         running, best_ap = checkpoint["running"].to(device), checkpoint["best_ap"]
+        if target_q:
+            target_q.load_state_dict(checkpoint["target_q"])
         runs.set_rng_state(checkpoint["rng"])
         torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
 
@@ -880,6 +947,7 @@ def main(args: Args) -> dict:
                 "optimizer": optimizer.state_dict(),
                 "running": running,
                 "best_ap": best_ap,
+                "target_q": target_q.state_dict() if target_q else None,
                 "rng": runs.rng_state(),
                 "threads": torch.get_num_threads(),
                 "update": update,
@@ -909,6 +977,7 @@ def main(args: Args) -> dict:
                 # fetch
                 stacks, rows = stacks.to(device), rows.to(device)  # (B, T * 3, S, S), (B,)
                 returns, finished = labels["returns"][rows], labels["finished"][rows]  # (B,)
+                followed = (rows[1:] == rows[:-1] + 1).float()  # (B - 1,) the next row is the next frame
                 if args.random_shift:
                     stacks = random_shift(stacks, args.random_shift)
 
@@ -919,20 +988,28 @@ def main(args: Args) -> dict:
                     if args.inv_dyn_weight:
                         inverse = network.inverse_dynamics(features[:-1], features[1:])  # (B - 1, K)
                 logits, mouse_xy, value = logits.float(), mouse_xy.float(), value.float()
+                q_penalty, known = 0.0, finished  # (B,) where the return is known
+                if args.q_head:  # what is to come after a terminal row is in its return
+                    terminal, keys_held = labels["terminal"][rows], labels["keys"][rows]  # (B,), (B, K)
+                    rewards = torch.where(terminal > 0, returns, labels["rewards"][rows])
+                    next_value = gamma * F.pad(value[1:].detach(), (0, 1)) * (1 - terminal)
+                    q = network.q_head(features.float(), keys_held)  # (2, B)
+                    q_penalty = q_loss(q, rewards, next_value, torch.maximum(terminal, F.pad(followed, (0, 1))))
+                    returns, known = target_q(features.float(), keys_held).amin(0).detach(), torch.ones_like(returns)
                 advantage = (returns - value).detach()  # (B,)
-                running = update_running(running, advantage, finished)
+                running = update_running(running, advantage, known)
                 weights = torch.ones_like(advantage)
                 if args.use_awr:
                     weights = advantage_weights(
                         advantage, running, args.iql_adv_temperature, args.iql_adv_clip, args.iql_adv_normalizer
                     )
-                    weights = torch.where(finished > 0, weights, 1.0)  # an unfinished episode's return is not known
+                    weights = torch.where(known > 0, weights, 1.0)  # an unfinished episode's return is not known
                 policy_loss = keys_loss(logits, labels["keys"][rows], weights, pos_weight)
-                value_loss = expectile_loss(returns, value, args.iql_expectile, finished)
+                value_loss = expectile_loss(returns, value, args.iql_expectile, known)
                 pointer_loss = mouse_loss(mouse_xy, labels["mouse"][rows], labels["mouse_known"][rows])
                 loss = policy_loss + args.value_coef * value_loss + args.mouse_coef * pointer_loss
+                loss = loss + args.q_coef * q_penalty
                 if args.inv_dyn_weight:
-                    followed = (rows[1:] == rows[:-1] + 1).float()  # (B - 1,) the next row is the next frame
                     inverse_loss = inverse_dynamics_loss(inverse.float(), labels["keys_now"][rows[:-1]], followed)
                     loss = loss + args.inv_dyn_weight * inverse_loss
 
@@ -943,6 +1020,8 @@ def main(args: Args) -> dict:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()  # no clipping by norm: where neighbours share a batch it cancels the weights again
+                if args.q_head:
+                    update_target(target_q, network.q_head, args.q_tau)
                 update += 1
                 progress.update()
 
@@ -966,6 +1045,8 @@ def main(args: Args) -> dict:
                     }
                     if args.inv_dyn_weight:
                         scalars["train/inv_dyn_loss"] = inverse_loss.item()
+                    if args.q_head:
+                        scalars |= {"train/q_loss": q_penalty.item(), "train/q_mean": q.mean().item()}
                     for name, scalar in scalars.items():
                         writer.add_scalar(name, scalar, update)
                     progress.set_postfix(loss=f"{scalars['train/loss']:.3f}", epoch=f"{scalars['charts/epoch']:.2f}")

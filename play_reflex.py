@@ -100,8 +100,9 @@ class ClosedLoop(Args):
     """the first of the seeds: each picks the pause before play and where Tux starts"""
     players: tuple[Literal["policy", "skilled", "replay", "random", "always-right", "no-op"], ...] = closed_loop.PLAYERS
     """who plays; differences are the first one's minus each other's"""
-    decode: Literal["threshold", "sample"] = "threshold"
-    """keys from probabilities: above the threshold, or drawn anew in each frame, without debounce"""
+    decode: Literal["threshold", "sample", "q"] = "threshold"
+    """keys from probabilities: above the threshold; or drawn anew in each frame, without debounce; or the best of 16
+    such draws by the Q head of iql_reflex.py --q-head"""
     replay_session: Path = Path("sample_dataset/run_1")
     """session of the training data whose keys replay sends, and whose key rates random has: take the best one"""
     games: int = 3
@@ -148,6 +149,7 @@ class Live(Args):
 
 # Axes: N decisions, K keys, T frames in a stack (oldest first), H W of the raw frame
 RESULTS = ("preds.parquet", "metrics.json", "overlay.mp4")
+Q_DRAWS = 16  # sets of keys that --decode q chooses from
 RATE_TOLERANCE = 0.1  # a session whose rate is this share off the model's counts as equal
 
 
@@ -213,6 +215,7 @@ class Policy:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the game needs the processor
+        self.q: np.ndarray | None = None  # (2^K,) of the last frame, with a Q head; bit k of a set's number is key k
         self.pixels: np.ndarray | None = None  # (1, T, H, W, 3) uint8, the stack, oldest first
         try:
             self.session = ort.InferenceSession(content, options, ["CPUExecutionProvider"])
@@ -231,7 +234,8 @@ class Policy:
         for t in range(self.T - 1):  # in place, as a fresh stack per frame costs its page faults
             self.pixels[0, t] = self.pixels[0, t + 1]
         self.pixels[0, -1] = frame
-        logits, _, value = self.run()
+        logits, _, value, *q = self.run()
+        self.q = q[0][0] if q else None
         return expit(logits[0]), float(value[0])
 
     def run(self) -> list[np.ndarray]:
@@ -1004,8 +1008,8 @@ class PolicyPlayer:
     def __init__(self, args: ClosedLoop, terrain=None, seed: int = 0):
         self.policy = Policy(args.model, args.manifest)
         self.rule, self.names = self.policy.decision_rule(args), np.array(self.policy.keys)
-        self.rng = np.random.default_rng(seed) if args.decode == "sample" else None
-        if self.rng:
+        self.decode, self.rng = args.decode, np.random.default_rng(seed)
+        if args.decode != "threshold":
             self.rule.debounce = 1
         self.policy(np.zeros((480, 640, 3), np.uint8))  # the first run of a network is slow
         self.policy.reset()
@@ -1013,8 +1017,12 @@ class PolicyPlayer:
     def step(self, frame: np.ndarray, position, time_s: float) -> Iterator[tuple[float, set[str]]]:
         """The keys to hold from this frame (H, W, 3) on. Where Tux is it does not look."""
         probability, _ = self.policy(frame)
-        if self.rng:  # a key goes down with its probability
+        if self.decode == "sample":  # a key goes down with its probability
             self.rule.thresholds = np.where(self.policy.allowed, self.rng.random(len(probability)), np.inf)
+        if self.decode == "q":
+            draws = self.rng.random((Q_DRAWS, len(probability))) < np.where(self.policy.allowed, probability, 0)
+            best = self.policy.q[draws @ 2 ** np.arange(len(probability))].argmax()
+            self.rule.thresholds, probability = np.where(self.policy.allowed, 0.5, np.inf), draws[best].astype(float)
         self.rule.step(probability)
         yield 0.0, set(self.names[self.rule.active].tolist())
 
@@ -1026,12 +1034,16 @@ def play_closed_loop(args: ClosedLoop) -> dict:
         if args.debounce < 1 or args.max_keys < 0 or not 0 <= (args.threshold or 0) <= 1:
             found = f"--debounce {args.debounce} --max-keys {args.max_keys} --threshold {args.threshold}"
             raise ValueError(f"{found}: expected at least 1, at least 0, and 0..1")
-        if args.decode == "sample" and args.threshold is not None:
-            raise ValueError(f"--threshold {args.threshold} means nothing to --decode sample. Leave one of them out")
+        if args.decode != "threshold" and args.threshold is not None:
+            raise ValueError(
+                f"--threshold {args.threshold} means nothing to --decode {args.decode}. Leave one of them out"
+            )
         if args.episodes < 2 or args.games < 1 or args.seed < 0 or len(set(args.players)) < max(1, len(args.players)):
             found = f"--episodes {args.episodes} --games {args.games} --seed {args.seed} --players {args.players}"
             raise ValueError(f"{found}: expected 2 or more, 1 or more, 0 or more, and each player once")
         policy = Policy(args.model, args.manifest)
+        if args.decode == "q" and "q" not in policy.manifest["outputs"]:
+            raise ValueError(f"{args.model} has no Q head, which --decode q asks. Train with: iql_reflex.py --q-head")
         makers = {"policy": partial(PolicyPlayer, args)}
         makers |= closed_loop.baselines(load_session(args.replay_session), policy.fps)
         players = {name: makers[name] for name in args.players}

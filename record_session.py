@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ from supertux_env.demonstrators import KEYS, Demonstrator
 from supertux_env.launch import MIN_LOGIC_HZ, Game, Xvfb
 from supertux_env.levels import make_level, read_terrain
 
+TURN_NS = 5_000_000_000  # how long a policy plays, then the demonstrator that corrects it
 AFTER_WIN_S = 1.5  # the game ends itself 6 s after a win
 
 
@@ -76,6 +77,9 @@ class Args:
     """of a demonstrator's window, in pixels; 640x480 is the smallest that is drawn at full scale"""
     height: int = 480
     """of a demonstrator's window, in pixels"""
+    policy: Path | None = None
+    """an exported reflex policy that a demonstrator corrects (DAgger): they play in turns of 5 s, and the keys recorded
+    are always those that the demonstrator would press"""
 
 
 class Play:
@@ -90,6 +94,17 @@ class Play:
         self.metadata |= {"demonstrator": args.demonstrator, "reaction_frames": str(self.player.skill.reaction_frames)}
         game.skip_intro(self.keyboard)
         self.told, self.start_ns, self.won_ns = len(game.events), None, None
+        self.policy, self.advised = None, set()  # keys that were last written down as the demonstrator's
+        if args.policy:
+            from play_reflex import ClosedLoop, PolicyPlayer
+
+            self.policy = PolicyPlayer(ClosedLoop(model=args.policy, debounce=1))
+            if self.policy.policy.fps != args.fps:
+                raise ValueError(
+                    f"{args.policy} plays at {self.policy.policy.fps:g} frames a second, --fps is {args.fps:g}"
+                )
+            self.metadata["policy"] = args.policy.name
+            self.pause_ns, self.player.skill = 0, replace(self.player.skill, random=0.0)
 
     def step(self, frame: np.ndarray, now_ns: int, writer: SessionWriter) -> bool:
         """Send what was decided some frames ago, then decide on this frame (H, W, 3). False when play is over."""
@@ -98,7 +113,13 @@ class Play:
         won = self.game.count("win") > 0
         # sent in the frame's own millisecond, a key would be taken for one that was held before
         time.sleep(max(0.0, 0.001 - (time.monotonic_ns() - now_ns) / 1e9))
-        self.keyboard.hold(set() if won else self.player.due())
+        keys = set() if won else self.player.due()
+        if self.policy:
+            self.advise(now_ns + 1_000_000, keys, writer)
+            for _, theirs in self.policy.step(frame, position, 0.0):
+                if (now_ns - self.start_ns) // TURN_NS % 2 == 0 and not won:
+                    keys = theirs
+        self.keyboard.hold(keys)
         acting = self.game.alive and not won and now_ns - self.start_ns > self.pause_ns
         self.player.decide(frame, position if acting else None)
         if won and self.won_ns is None:
@@ -109,6 +130,12 @@ class Play:
             writer.truth(*event)
             self.told += 1
         return self.won_ns is None or now_ns - self.won_ns <= AFTER_WIN_S * 1e9
+
+    def advise(self, now_ns: int, keys: set[str], writer: SessionWriter):
+        """Write down what the demonstrator would do from now on."""
+        for name in sorted(keys ^ self.advised):
+            writer.key(now_ns, name, "down" if name in keys else "up", "script")
+        self.advised = keys
 
     def way(self, x: float) -> float:
         """Part of the way from spawn to goal."""
@@ -134,7 +161,8 @@ class InputLog:
     what is typed there is not the game's."""
 
     def __init__(self, args: Args, listener: Listener, writer: SessionWriter):
-        self.listener, self.writer, self.hotkeys = listener, writer, (args.start_key, args.stop_key)
+        self.listener, self.writer, self.left_away = listener, writer, {args.start_key, args.stop_key}
+        self.left_away |= set(KEYS) if args.policy else set()  # what a corrected policy presses is no label
         self.stop_key, self.source = args.stop_key, "script" if args.demonstrator else "human"
         self.down, self.names = set(), set()  # keys whose last row is no release; all keys written
         self.left_out, self.stopped, self.pointer = 0, False, listener.pointer()
@@ -171,7 +199,7 @@ class InputLog:
             self._write(now_ns, name, "up")
 
     def _write(self, now_ns: int, name: str, state: str):
-        if name not in self.hotkeys:
+        if name not in self.left_away:
             self.writer.key(now_ns, name, state, self.source)
             self.names.add(name)
             (self.down.discard if state == "up" else self.down.add)(name)
@@ -267,6 +295,7 @@ def record(args: Args, folder: Path, play: Play | None, counts: dict) -> str:
             bar.close()
             if play:
                 play.keyboard.close()  # released keys are heard before the listener goes
+                play.advise(time.monotonic_ns(), set(), writer)
             log.end(time.monotonic_ns(), focused)
             screen.close()
             video.close()
@@ -290,7 +319,7 @@ def check(args: Args):
         raise SystemExit(f"--window {args.window!r}: windows are found on X11 only. Leave it out to record the screen.")
     if args.demonstrator and (args.window or args.input != "auto"):
         raise SystemExit("--window and --input are for a person's recording. Leave them out, or --demonstrator.")
-    for field in ("level", "seed", "width", "height"):
+    for field in ("level", "seed", "width", "height", "policy"):
         if not args.demonstrator and getattr(args, field) != getattr(Args, field):
             raise SystemExit(f"--{field} belongs to a scripted player. Add --demonstrator skilled, or leave it out.")
 

@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -58,10 +59,11 @@ class Constant:
 
 
 class Skilled:
-    """The scripted demonstrator, at the rate it was made for: other frames only show it nothing."""
+    """The scripted demonstrator at its best: without the random acts of its recordings, at the rate it was made for."""
 
     def __init__(self, fps: float, terrain: Terrain, seed: int):
         self.demonstrator, self.every, self.calls = Demonstrator("skilled", terrain, seed), frame_step(fps), 0
+        self.demonstrator.skill = replace(self.demonstrator.skill, random=0.0)
 
     def step(self, frame, position, time_s) -> Iterator[tuple[float, set[str]]]:
         if self.calls % self.every == 0:

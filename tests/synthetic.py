@@ -57,5 +57,5 @@ def write_session(
             "return": reward * gamma ** (last - frames),
             "reward": np.where(frames == last, reward, 0.0),
         }
-        write_table(folder / "returns.parquet", returns, RETURNS)
+        write_table(folder / "returns.parquet", returns, RETURNS, {"gamma": gamma})
     return folder

@@ -1,53 +1,80 @@
 #!/usr/bin/env bash
-# A policy from sample_dataset plays the real game beside the demonstrator and the baselines, from an empty folder: labels,
-# training, export, then 20 episodes of each player on each level. Needs SuperTux and Xvfb; two hours on two cores that
-# have nothing else to do. The sample was recorded on levels of its own, some of generated:0-9 among them.
+# Policies learnt from recordings play the real game, from an empty folder. Two scripted demonstrators are recorded, a
+# first policy imitates them, plays in turns with the better one, and learns from what that one would have pressed
+# (DAgger). Then it plays beside the demonstrator and the baselines; advantage weights, plain cloning and IQL are
+# compared on the recordings. Needs SuperTux and Xvfb, and two cores that have nothing else to do.
 #
-#   benchmarks/train/closed_loop.sh            writes benchmarks/results/closed_loop.json and docs/closed_loop.png
-#   MODEL=reflex.onnx LEVELS=generated:3 EPISODES=2 OUT=build/try RESULTS=build/try.json FIGURE=build/try.png \
-#       benchmarks/train/closed_loop.sh        a model of yours, no training
+#   benchmarks/train/closed_loop.sh            all steps, writes benchmarks/results/closed_loop*.json, docs/closed_loop*.png
+#   STEPS="record label first correct policy" benchmarks/train/closed_loop.sh    a policy: build/closed_loop/policy.onnx
+#   STEPS=play LEVELS=generated:3 EPISODES=2 MODEL=reflex.onnx OUT=build/try RESULTS=build FIGURES=build \
+#       benchmarks/train/closed_loop.sh        the table of a model of yours
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/closed_loop} MODEL=${MODEL:-} FLAGS=${FLAGS:-}
-LEVELS=${LEVELS:-generated:0-9 welcome_antarctica journey_begins} EPISODES=${EPISODES:-20} GAMES=${GAMES:-1}
-RESULTS=${RESULTS:-benchmarks/results/closed_loop.json} FIGURE=${FIGURE:-docs/closed_loop.png}
-export TQDM_MININTERVAL=10 OMP_NUM_THREADS=1
-if [ -e "$OUT" ]; then
-    echo "$OUT is there already; runs of two times would be mixed. Move it away, or name another: OUT=build/again" >&2
-    exit 1
+export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/closed_loop} OMP_NUM_THREADS=1 TQDM_MININTERVAL=10
+export DATA=${DATA:-$OUT/recordings} CORRECTED=${CORRECTED:-$OUT/corrected} MODEL=${MODEL:-$OUT/policy.onnx}
+STEPS=${STEPS:-record label first correct policy play compare offline}
+LEVELS=${LEVELS:-generated:0-9 welcome_antarctica journey_begins}
+SEEDS=${SEEDS:-1 2} EPISODES=${EPISODES:-20} GAMES=${GAMES:-3}
+RESULTS=${RESULTS:-benchmarks/results} FIGURES=${FIGURES:-docs}
+mkdir -p "$OUT" "$RESULTS" "$FIGURES"
+
+step() { # name, what it does
+    if [[ " $STEPS " != *" $1 "* ]]; then return 1; fi
+    echo "== $1: $2"
+}
+record() { # lines of: demonstrator, level, seed, name, seconds, folder, flags; three games at a time
+    xargs -P 3 -L 1 bash -c '[ -e "$5/$3" ] || $PYTHON record_session.py --demonstrator $0 --level $1 --seed $2 --name $3 \
+        --seconds $4 --output "$5" --preset veryfast "${@:6}" > "$OUT/record_$3.log" 2>&1'
+}
+label() { # folder; two sessions at a time
+    find "$1" -mindepth 1 -maxdepth 1 -type d | sort |
+        xargs -P 2 -I{} $PYTHON precompute_labels.py --data-dir {} --half-life-s 2 > "$OUT/label.log" 2>&1
+}
+train() { # name, folder of sessions, updates, flags
+    $PYTHON iql_reflex.py --exp-name "$1" --run-root "$OUT/runs" --data-dir "$2" --max-updates "$3" --action-horizon 0 \
+        --image-size 112 --backbone cnn --cnn-grid 7 --lr 1e-3 --batch-size 64 --inv-dyn-weight 0 --video-seconds 0 \
+        "${@:4}" > "$OUT/train_$1.log" 2>&1
+    $PYTHON export_reflex.py --checkpoint "$OUT"/runs/*__"$1"__* --output "$OUT/$1.onnx" >> "$OUT/train_$1.log" 2>&1
+    echo "$1 is trained, log in $OUT/train_$1.log"
+}
+export -f train
+
+if step record "72 sessions of mixed skill, half an hour of play, none on generated:0-9"; then
+    {
+        for seed in {300..308}; do echo "skilled welcome_antarctica $seed antarctica_$seed 80 $DATA"; done
+        for seed in {40..85}; do echo "skilled generated $seed skilled_$seed 75 $DATA"; done
+        for seed in {100..111}; do echo "sloppy generated $seed sloppy_$seed 60 $DATA"; done
+        for seed in 310 311; do echo "sloppy welcome_antarctica $seed antarctica_$seed 60 $DATA"; done
+        for seed in 86 87; do echo "skilled generated $seed heldout_$seed 75 $DATA"; done
+        echo "skilled welcome_antarctica 309 heldout_309 80 $DATA"
+    } | record
 fi
-mkdir -p "$OUT"
-
-if [ -z "$MODEL" ]; then
-    echo "== 1 of 3: label the sample, train, export"
-    MODEL=$OUT/reflex.onnx
-    cp -r sample_dataset "$OUT/sample"
-    $PYTHON precompute_labels.py --data-dir "$OUT/sample" --half-life-s 2 --overwrite
-    OMP_NUM_THREADS=2 $PYTHON iql_reflex.py --data-dir "$OUT/sample" --image-size 112 --backbone cnn --lr 1e-3 \
-        --max-updates 1500 --run-root "$OUT/runs"
-    $PYTHON export_reflex.py --checkpoint "$OUT"/runs/* --output "$MODEL"
+if step label "deaths, squished enemies and wins; half-life 2 s"; then label "$DATA"; fi
+if step first "a first policy, plain cloning of the recordings"; then
+    OMP_NUM_THREADS=2 train first "$DATA" 2000 --no-use-awr
+fi
+if step correct "it plays in turns with the demonstrator, whose keys are the labels; 40 sessions"; then
+    {
+        for seed in {112..141}; do echo "skilled generated $seed corrected_$seed 50 $CORRECTED --policy $OUT/first.onnx"; done
+        for seed in {320..329}; do
+            echo "skilled welcome_antarctica $seed corrected_$seed 45 $CORRECTED --policy $OUT/first.onnx"
+        done
+    } | record
+    label "$CORRECTED"
+fi
+if step policy "the policy, plain cloning of both"; then
+    mkdir -p "$OUT/both"
+    ln -sfn "$(realpath "$DATA")"/* "$(realpath "$CORRECTED")"/* "$OUT/both"
+    OMP_NUM_THREADS=2 train policy "$OUT/both" 5000 --no-use-awr
 fi
 
-echo "== 2 of 3: $EPISODES episodes of each player on $LEVELS"
-for level in $LEVELS; do
-    replay=sample_dataset/run_1 # the fastest win; of the game's own level the only skilled session
-    if [ "$level" = welcome_antarctica ]; then replay=sample_dataset/run_8; fi
-    # shellcheck disable=SC2086
-    $PYTHON play_reflex.py closed-loop --model "$MODEL" --level "$level" --episodes "$EPISODES" --games "$GAMES" \
-        --replay-session $replay --output "$OUT/${level/:/_}" $FLAGS
-done
-
-echo "== 3 of 3: $RESULTS, $FIGURE"
-mkdir -p "$(dirname "$RESULTS")" "$(dirname "$FIGURE")"
-# shellcheck disable=SC2086
-$PYTHON - "$OUT" "$RESULTS" $LEVELS <<'END'
-import json
-import sys
-from pathlib import Path
-
-out, results, *levels = sys.argv[1:]
-tables = {level: json.loads((Path(out) / level.replace(":", "_") / "closed_loop.json").read_text()) for level in levels}
-Path(results).write_text(json.dumps({"command": "benchmarks/train/closed_loop.sh", "levels": tables}, indent=1) + "\n")
-END
-first=${LEVELS%% *}
-cp "$OUT/${first/:/_}/closed_loop.png" "$FIGURE"
+if step play "$EPISODES episodes of each player on $LEVELS"; then
+    for level in $LEVELS; do
+        replay=skilled_81 # the fastest win; of the game's own level the session that came farthest
+        if [ "$level" = welcome_antarctica ]; then replay=antarctica_300; fi
+        $PYTHON play_reflex.py closed-loop --model "$MODEL" --level "$level" --episodes "$EPISODES" --games "$GAMES" \
+            --debounce 1 --replay-session "$DATA/$replay" --output "$OUT/play_${level/:/_}"
+        cp "$OUT/play_${level/:/_}/closed_loop.json" "$RESULTS/closed_loop_${level/:/_}.json"
+        cp "$OUT/play_${level/:/_}/closed_loop.png" "$FIGURES/closed_loop_${level/:/_}.png"
+    done
+fi

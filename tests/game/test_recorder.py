@@ -17,10 +17,11 @@ import pytest
 
 import record_session
 from common.desktop import Keyboard, Window
-from common.sessions import WIN_KEY, load_session, mouse_table
+from common.sessions import TRUTH, WIN_KEY, key_table, load_session, mouse_table, read_table
 from common.video import VideoReader
 from supertux_env import levels
 from supertux_env.launch import Game, Xvfb
+from tests.unit.test_play_reflex import write_model
 
 ROOT = Path(__file__).parents[2]
 CONTROLS = ("KEY_LEFT", "KEY_RIGHT", "KEY_UP", "KEY_DOWN", "KEY_SPACE", "KEY_LEFTCTRL")  # in the order of a demo file
@@ -175,6 +176,22 @@ def test_a_killed_recorder_loses_at_most_a_second(tmp_path, recorder):
     for number in range(len(moments)):
         session = load_session(tmp_path / f"run_{number}")
         assert session.n_frames <= VideoReader(session.video).n_frames and not list(session.folder.glob("*.jsonl"))
+
+
+def test_a_corrected_policy_plays_and_the_demonstrators_keys_are_recorded(tmp_path):
+    model = write_model(tmp_path / "model", keys=["KEY_RIGHT", "KEY_SPACE", "KEY_LEFT"], thresholds=[1.0] * 3)  # no key
+    out = tmp_path / "dataset"
+    flags = ["--demonstrator", "skilled", "--seed", "7", "--seconds", "8", "--policy", model, "--output", out]
+    words = [sys.executable, "record_session.py", *flags, "--name", "run_1"]
+    done = subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    session = load_session(out / "run_1")
+    assert set(session.inputs["source"].to_pylist()) == {"script"}
+    down = key_table(session, ["KEY_RIGHT"])[0][:, 0]
+    truth = read_table(session.folder / "truth.parquet", TRUTH).to_pylist()
+    x = [float(row["data"].split()[0]) for row in truth if row["what"] == "pos"]
+    assert down[5:45].mean() > 0.8 and np.ptp(x[:45]) == 0, "it would walk, and the policy stands still"
+    assert x[-1] > x[45] + 100, "in its own turn it walks"
 
 
 @pytest.mark.slow

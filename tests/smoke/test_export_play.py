@@ -120,6 +120,35 @@ def test_the_manifest_says_what_the_checkpoint_holds(run_dir, model):
     assert not any(tensor.external_data for tensor in onnx.load(model).graph.initializer)
 
 
+def test_a_q_head_is_exported_and_chooses_among_draws(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "best.pt")
+    torch.manual_seed(0)
+    sizes = checkpoint["network"] | {"q_head": True}
+    network = iql_reflex.ReflexNet(**sizes).eval()
+    save_checkpoint(tmp_path / "best.pt", checkpoint | {"network": sizes, "model": network.state_dict()})
+    args = export_reflex.Args(
+        checkpoint=tmp_path / "best.pt", script=run_dir / "iql_reflex.py", output=tmp_path / "q.onnx"
+    )
+    manifest = export_reflex.main(args)
+    K, S = len(checkpoint["keys"]), checkpoint["image_size"]
+    assert manifest["outputs"]["q"]["shape"] == ["batch", 2**K]
+
+    args = play_reflex.ClosedLoop(model=tmp_path / "q.onnx", decode="q")
+    player, rng, chosen = play_reflex.PolicyPlayer(args, seed=5), np.random.default_rng(5), set()
+    for level in range(0, 250, 10):
+        player.policy.reset()
+        ((_, keys),) = player.step(np.full((S, S, 3), level, np.uint8), None, 0.0)
+        with torch.no_grad():
+            features = network.features(torch.full((1, 9, S, S), level, dtype=torch.uint8))
+            p = network.heads(features)[0].sigmoid()[0].numpy()
+            sets = (rng.random((play_reflex.Q_DRAWS, K)) < p).astype(np.float32)
+            q = network.q_head(features.expand(len(sets), -1), torch.from_numpy(sets)).amin(0)
+        best = sets[int(q.argmax())] > 0
+        assert keys == set(np.array(checkpoint["keys"])[best])
+        chosen.add(tuple(best))
+    assert len(chosen) > 1
+
+
 def test_a_changed_copy_is_exported_with_its_own_network(run_dir, tmp_path):
     """In the copy two frames make a stack."""
     copy = shutil.copytree(run_dir, tmp_path / "run")

@@ -193,6 +193,7 @@ def assert_same_run(one: Path, other: Path):
 def test_resume_after_kill_and_after_sigterm_equals_an_uninterrupted_run(dataset, tmp_path):
     settings = dict(SMALL, save_every=10, max_updates=60, data_dir=str(dataset), buffer_frames=64)
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    settings, flags = settings | {"q_head": True}, [*flags, "--q-head"]
     whole = Path(iql_reflex.main(iql_reflex.Args(run_root=str(tmp_path / "whole"), **settings))["run_dir"])
 
     process = start("-c", DIES_AT_10, *flags, "--run-root", str(tmp_path / "killed"))

@@ -270,6 +270,7 @@ def test_a_summary_by_hand():
         ({"players": ()}, "--players.*each player once"),
         ({"players": ("no-op", "no-op")}, "--players.*each player once"),
         ({"decode": "sample", "threshold": 0.5}, "--threshold 0.5 means nothing to --decode sample"),
+        ({"decode": "q"}, "has no Q head, which --decode q asks"),
         ({"debounce": 0}, "--debounce 0"),
         ({"level": "nowhere"}, "--level nowhere"),
         ({"replay_session": "missing"}, "missing"),

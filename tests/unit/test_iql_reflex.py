@@ -1,5 +1,6 @@
 """The functions of iql_reflex.py against naive loops and cases worked by hand."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -35,12 +36,73 @@ def test_rows_belong_to_the_moment_of_decision(recordings):
     np.testing.assert_array_equal(recording.keys_now, key_table(load_session(recording.video.parent), KEYS)[0])
     assert recording.finished.all() and not recordings[2].finished.any()
     assert recording.returns[-1] == -1 and recording.returns[-2] == pytest.approx(-0.99)
+    assert recording.rewards[-1] == -1 and recording.gamma == 0.99  # the last label is that of the last frame but two
+    assert np.flatnonzero(recording.terminal).tolist() == [len(recording.returns) - 3]
+    assert not recordings[2].terminal.any()
 
 
 def test_expectile_loss_by_hand():
     returns, value, mask = torch.tensor([1.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
     assert q.expectile_loss(returns, value, 0.7, mask).item() == pytest.approx((0.7 * 1 + 0.3 * 4) / 2)
     assert q.expectile_loss(returns, value, 0.7, torch.zeros(3)).item() == 0
+
+
+def test_q_loss_by_hand():
+    rewards, next_value, mask = torch.tensor([1.0, 0.0, 9.0]), torch.tensor([0.5, 0.0, 0.0]), torch.tensor([1.0, 1, 0])
+    twice = torch.tensor([[1.0, 2.0, 0.0], [1.5, 0.0, 0.0]])
+    assert q.q_loss(twice, rewards, next_value, mask).item() == pytest.approx((0.25 / 2 + 4 / 2) / 2)
+    assert q.q_loss(twice, rewards, next_value, torch.zeros(3)).item() == 0
+
+
+def test_twin_q_and_value_equal_dynamic_programming_on_a_small_mdp():
+    """Four states in a row, two keys: the first walks right, where the reward is, but may slip (one time in four); both
+    at once end the episode for a little. Every key set is played equally often."""
+    S, gamma, tau = 4, 0.9, 0.8
+    rows = []  # state, keys, reward, next state, terminal: what happens, as often as it happens
+    for s in range(S):
+        for keys in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            for luck in range(4):
+                if keys == (1, 1):
+                    rows.append((s, keys, 0.3, s, 1))
+                elif keys == (1, 0) and luck:
+                    rows.append((s, keys, 1.0 * (s == S - 2), min(s + 1, S - 1), s == S - 2))
+                else:
+                    rows.append((s, keys, -0.05, max(0, s - keys[1]), 0))
+    state, keys, reward, following, terminal = (torch.tensor(column) for column in zip(*rows, strict=True))
+    keys, terminal = keys.float(), terminal.float()
+
+    # dynamic programming: Q is a mean over what happens, V the expectile of Q over the key sets played
+    number = 4 * state + (keys @ torch.tensor([2.0, 1.0])).long()
+    counts = torch.zeros(4 * S).index_add(0, number, torch.ones(len(rows)))
+    true_q, true_v = torch.zeros(4 * S), torch.zeros(S)
+    for _ in range(300):
+        target = reward + gamma * true_v[following] * (1 - terminal)
+        true_q = torch.zeros(4 * S).index_add(0, number, target) / counts
+        for _ in range(50):  # the expectile, where weighted differences cancel
+            difference = true_q.view(S, 4) - true_v[:, None]
+            weight = torch.where(difference > 0, tau, 1 - tau)
+            true_v = (weight * true_q.view(S, 4)).sum(1) / weight.sum(1)
+
+    # the same by the script's losses
+    torch.manual_seed(0)
+    twin, value = q.TwinQ(S, 2), torch.zeros(S, requires_grad=True)
+    target_q = copy.deepcopy(twin)
+    optimizer = torch.optim.Adam([*twin.parameters(), value], 3e-3)
+    features, everywhere = F.one_hot(state, S).float(), torch.ones(len(rows))
+    for update in range(4000):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - update / 4000)
+        next_value = gamma * value[following].detach() * (1 - terminal)
+        loss = q.q_loss(twin(features, keys), reward, next_value, everywhere)
+        seen = target_q(features, keys).amin(0).detach()
+        loss = loss + q.expectile_loss(seen, value[state], tau, everywhere)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        q.update_target(target_q, twin, 0.02)
+    learnt = twin(features, keys).detach()
+    assert (learnt - true_q[number]).abs().max() < 1e-2
+    assert (value.detach() - true_v).abs().max() < 1e-2
+    assert true_q.view(S, 4)[1, 2] > true_q.view(S, 4)[1, 3] + 0.1  # to walk on is worth more than to stop
 
 
 def test_advantage_weights_divide_by_the_running_deviation_and_clip():
