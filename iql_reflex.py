@@ -98,7 +98,7 @@ class Args:
     backbone: Literal["resnet18", "cnn"] = "resnet18"
     """resnet18 (11.2 M parameters) or a 4-layer cnn"""
     cnn_grid: int = 4
-    """the cnn's features are averaged over a grid of so many squares a side; more say better where things are"""
+    """the cnn's features are averaged over a grid of so many squares a side: more say better where things are"""
     pretrained: str | None = None
     """file with torchvision's ResNet-18 weights (state dict); None starts from random ones"""
     epochs: int = 10
@@ -135,7 +135,8 @@ class Args:
     inv_dyn_weight: float = 0.2
     """coefficient of the inverse-dynamics loss; 0 leaves the head out"""
     q_head: bool = False
-    """advantages from a twin Q(s, a) that bootstraps from the rewards (IQL) in place of returns; at most 8 keys"""
+    """advantages from a twin Q(s, a) that bootstraps from the rewards (IQL) in place of returns; needs an action
+    horizon of 0"""
     q_coef: float = 0.5
     """coefficient of the Q loss"""
     q_tau: float = 0.005
@@ -287,6 +288,24 @@ def choose_keys(folders: list[Path], min_rate: float) -> list[str]:
             f"no key is down in {min_rate:.1%} of the frames (most: {rate.max():.2%}). Lower --min-key-rate."
         )
     return keys
+
+
+def check_q_head(args: Args, recordings: list[Recording], keys: list[str]):
+    """Raise ValueError where Q cannot be learnt."""
+    if args.action_horizon:
+        raise ValueError(
+            f"--q-head with --action-horizon {args.action_horizon}: the next frame does not show what they do. "
+            "Add --action-horizon 0"
+        )
+    if len(keys) > MAX_Q_KEYS:
+        raise ValueError(f"--q-head takes {MAX_Q_KEYS} keys at most. Name them: --keys {' '.join(keys[:MAX_Q_KEYS])}")
+    gammas = {recording.gamma: recording.video.parent for recording in recordings}
+    if len(gammas) > 1 or any(np.isnan(gamma) for gamma in gammas):
+        found = ", ".join(f"{folder}/returns.parquet {gamma:g}" for gamma, folder in gammas.items())
+        raise ValueError(
+            f"Q needs one gamma in all labels, they have {found}. Label all of them again, with your settings: "
+            f"python precompute_labels.py --overwrite --half-life-s 2 --data-dir {args.data_dir}"
+        )
 
 
 def choose_validation(recordings: list[Recording], fraction: float, seed: int) -> list[tuple[int, int, int]]:
@@ -842,6 +861,10 @@ def main(args: Args) -> dict:
             raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
         if args.bootstrap < 1:
             raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
+        if args.cnn_grid < 1 or not 0 < args.q_tau <= 1:
+            raise ValueError(
+                f"--cnn-grid {args.cnn_grid} --q-tau {args.q_tau}: expected 1 or more, above 0 and at most 1"
+            )
         if args.action_horizon < 0 or not 0 <= args.val_fraction <= 0.5 or args.batch_size < 1:
             given = f"--action-horizon {args.action_horizon} --val-fraction {args.val_fraction}"
             raise ValueError(f"{given} --batch-size {args.batch_size}: expected 0 or more, 0 to 0.5, and 1 or more")
@@ -853,16 +876,18 @@ def main(args: Args) -> dict:
         if not folders:
             raise ValueError(f"{args.data_dir} holds only sessions that a policy played. Train with --mix-corrections")
         train_folders, heldout_folders = split_sessions(folders, args.heldout)
+        corrected = [folder.name for folder in folders if "policy" in load_session(folder).metadata]
+        if corrected and (args.use_awr or args.inv_dyn_weight or args.q_head):
+            raise ValueError(
+                f"{args.data_dir}: in {', '.join(corrected)} a policy played and the keys are a demonstrator's advice, "
+                "so what followed does not come from them. Add --no-use-awr --inv-dyn-weight 0, or move them away"
+            )
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
         recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]
         heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
         gamma = recordings[0].gamma
-        if args.q_head and (len(keys) > MAX_Q_KEYS or any(recording.gamma != gamma for recording in recordings)):
-            found = f"{len(keys)} keys, gamma {', '.join(sorted({str(recording.gamma) for recording in recordings}))}"
-            raise ValueError(
-                f"{args.data_dir}: {found}. --q-head needs {MAX_Q_KEYS} keys at most, see --keys, and one gamma: label "
-                f"again with precompute_labels.py --overwrite --data-dir {args.data_dir}"
-            )
+        if args.q_head:
+            check_q_head(args, recordings, keys)
         if sum(int(recording.usable.sum()) for recording in heldout) < 2:
             names = ", ".join(recording.name for recording in heldout)
             raise ValueError(f"{names}: no two held-out frames to score on. Name longer sessions with --heldout")

@@ -1007,6 +1007,8 @@ class PolicyPlayer:
 
     def __init__(self, args: ClosedLoop, terrain=None, seed: int = 0):
         self.policy = Policy(args.model, args.manifest)
+        if args.decode == "q" and "q" not in self.policy.manifest["outputs"]:
+            raise ValueError(f"{args.model} has no Q head, which --decode q asks. Train with: iql_reflex.py --q-head")
         self.rule, self.names = self.policy.decision_rule(args), np.array(self.policy.keys)
         self.decode, self.rng = args.decode, np.random.default_rng(seed)
         if args.decode != "threshold":
@@ -1021,6 +1023,8 @@ class PolicyPlayer:
             self.rule.thresholds = np.where(self.policy.allowed, self.rng.random(len(probability)), np.inf)
         if self.decode == "q":
             draws = self.rng.random((Q_DRAWS, len(probability))) < np.where(self.policy.allowed, probability, 0)
+            if self.rule.max_keys:
+                draws[draws.sum(1) > self.rule.max_keys] = False  # no key rather than some of them
             best = self.policy.q[draws @ 2 ** np.arange(len(probability))].argmax()
             self.rule.thresholds, probability = np.where(self.policy.allowed, 0.5, np.inf), draws[best].astype(float)
         self.rule.step(probability)
@@ -1042,8 +1046,7 @@ def play_closed_loop(args: ClosedLoop) -> dict:
             found = f"--episodes {args.episodes} --games {args.games} --seed {args.seed} --players {args.players}"
             raise ValueError(f"{found}: expected 2 or more, 1 or more, 0 or more, and each player once")
         policy = Policy(args.model, args.manifest)
-        if args.decode == "q" and "q" not in policy.manifest["outputs"]:
-            raise ValueError(f"{args.model} has no Q head, which --decode q asks. Train with: iql_reflex.py --q-head")
+        PolicyPlayer(args)
         makers = {"policy": partial(PolicyPlayer, args)}
         makers |= closed_loop.baselines(load_session(args.replay_session), policy.fps)
         players = {name: makers[name] for name in args.players}

@@ -85,8 +85,8 @@ class Args:
 class Play:
     """A demonstrator at work: looks at frames, sends keys, and writes down what the game tells."""
 
-    def __init__(self, args: Args, game: Game):
-        self.game, self.keyboard = game, Keyboard(game.display)
+    def __init__(self, args: Args, game: Game, policy=None):
+        self.game, self.keyboard, self.policy = game, Keyboard(game.display), policy
         self.terrain = read_terrain(game.level)
         self.player = Demonstrator(args.demonstrator, self.terrain, args.seed)
         self.pause_ns = round(np.random.default_rng(args.seed).uniform(0, 1e9))
@@ -94,15 +94,8 @@ class Play:
         self.metadata |= {"demonstrator": args.demonstrator, "reaction_frames": str(self.player.skill.reaction_frames)}
         game.skip_intro(self.keyboard)
         self.told, self.start_ns, self.won_ns = len(game.events), None, None
-        self.policy, self.advised = None, set()  # keys that were last written down as the demonstrator's
-        if args.policy:
-            from play_reflex import ClosedLoop, PolicyPlayer
-
-            self.policy = PolicyPlayer(ClosedLoop(model=args.policy, debounce=1))
-            if self.policy.policy.fps != args.fps:
-                raise ValueError(
-                    f"{args.policy} plays at {self.policy.policy.fps:g} frames a second, --fps is {args.fps:g}"
-                )
+        self.advised = set()  # keys that were last written down as the demonstrator's
+        if policy:  # no pause and no random act: what is written is the demonstrator's best advice
             self.metadata["policy"] = args.policy.name
             self.pause_ns, self.player.skill = 0, replace(self.player.skill, random=0.0)
 
@@ -143,7 +136,9 @@ class Play:
 
     def state(self) -> str:
         deaths, squishes = self.game.count("death"), self.game.count("squish")
-        return f", deaths {deaths}, squishes {squishes}, way {self.way(self.game.position()[0]):.0%}"
+        advice = " ".join(sorted(name.removeprefix("KEY_") for name in self.advised))
+        advice = f", advice {advice or '-'}" if self.policy else ""
+        return advice + f", deaths {deaths}, squishes {squishes}, way {self.way(self.game.position()[0]):.0%}"
 
     def result(self) -> dict:
         return {
@@ -156,13 +151,24 @@ class Play:
         }
 
 
+def load_policy(args: Args):
+    """The policy as a player. ValueError or OSError name the file that does not fit."""
+    from play_reflex import RATE_TOLERANCE, ClosedLoop, PolicyPlayer
+
+    player = PolicyPlayer(ClosedLoop(model=args.policy, debounce=1))
+    if abs(player.policy.fps - args.fps) > RATE_TOLERANCE * args.fps:
+        rate = f"{player.policy.fps:g}"
+        raise ValueError(f"{args.policy} plays at {rate} frames a second, not {args.fps:g}. Record with --fps {rate}")
+    return player
+
+
 class InputLog:
     """Writes what a listener heard. While another window has the focus only releases of keys already down are written:
     what is typed there is not the game's."""
 
     def __init__(self, args: Args, listener: Listener, writer: SessionWriter):
-        self.listener, self.writer, self.left_away = listener, writer, {args.start_key, args.stop_key}
-        self.left_away |= set(KEYS) if args.policy else set()  # what a corrected policy presses is no label
+        self.listener, self.writer, self.hotkeys = listener, writer, (args.start_key, args.stop_key)
+        self.corrected = args.policy is not None  # what a corrected policy presses is no label
         self.stop_key, self.source = args.stop_key, "script" if args.demonstrator else "human"
         self.down, self.names = set(), set()  # keys whose last row is no release; all keys written
         self.left_out, self.stopped, self.pointer = 0, False, listener.pointer()
@@ -199,7 +205,7 @@ class InputLog:
             self._write(now_ns, name, "up")
 
     def _write(self, now_ns: int, name: str, state: str):
-        if name not in self.left_away:
+        if name not in self.hotkeys and (not self.corrected or name == WIN_KEY):
             self.writer.key(now_ns, name, state, self.source)
             self.names.add(name)
             (self.down.discard if state == "up" else self.down.add)(name)
@@ -341,10 +347,11 @@ def main(args: Args) -> dict:
         with ExitStack() as machine:
             play = None
             if args.demonstrator:
+                policy = load_policy(args) if args.policy else None
                 scratch = machine.enter_context(tempfile.TemporaryDirectory())
                 level = make_level(args.level, args.seed, Path(scratch) / "level.stl")
                 display = machine.enter_context(Xvfb(args.width, args.height))
-                play = Play(args, machine.enter_context(Game(level, display, args.width, args.height)))
+                play = Play(args, machine.enter_context(Game(level, display, args.width, args.height)), policy)
             why = record(args, folder, play, result)
             result |= play.result() if play else {}
         void = play is not None and result["logic_hz"] < MIN_LOGIC_HZ

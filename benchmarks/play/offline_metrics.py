@@ -11,6 +11,7 @@ Out: benchmarks/results/offline_metrics.json and docs/offline_metrics.png. Needs
 import sys
 import tempfile
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +61,11 @@ def score(path: Path, args: Args) -> dict:
     checkpoint = runs.load_checkpoint(path)
     network = iql_reflex.ReflexNet(**checkpoint["network"])
     network.load_state_dict(checkpoint["model"])
-    _, folders = iql_reflex.split_sessions(find_sessions(args.data_dir), args.heldout)
+    folders = [folder for folder in find_sessions(args.data_dir) if fnmatch(folder.name, args.heldout)]
+    if not folders:
+        raise SystemExit(
+            f"{args.data_dir} has no session {args.heldout}. Name those that were not trained on: --heldout"
+        )
     recordings = [iql_reflex.load_recording(f, checkpoint["keys"], checkpoint["action_horizon"]) for f in folders]
     parts = [(recording, 0, len(recording.usable)) for recording in recordings]
     settings = iql_reflex.Args(image_size=checkpoint["image_size"])
@@ -76,6 +81,8 @@ def correlate(metric: np.ndarray, tiles: np.ndarray, draws: int = 2000) -> dict:
         rows = rng.integers(0, len(tiles), len(tiles))
         if np.ptp(metric[rows]) and np.ptp(tiles[rows]):
             rhos.append(spearmanr(metric[rows], tiles[rows]).statistic)
+    if not rhos:  # all equal
+        return dict.fromkeys(("rho", "low", "high"), float("nan"))
     low, high = np.percentile(rhos, [2.5, 97.5])
     return {"rho": float(spearmanr(metric, tiles).statistic), "low": float(low), "high": float(high)}
 

@@ -6,8 +6,11 @@
 #
 #   benchmarks/train/closed_loop.sh            all steps, writes benchmarks/results/closed_loop*.json, docs/closed_loop*.png
 #   STEPS="record label first correct policy" benchmarks/train/closed_loop.sh    a policy: build/closed_loop/policy.onnx
-#   STEPS=play LEVELS=generated:3 EPISODES=2 MODEL=reflex.onnx OUT=build/try RESULTS=build FIGURES=build \
-#       benchmarks/train/closed_loop.sh        the table of a model of yours
+#   STEPS=play MODEL=$PWD/reflex.onnx REPLAY=sample_dataset/run_1 OUT=build/mine RESULTS=build/mine FIGURES=build/mine \
+#       benchmarks/train/closed_loop.sh        the tables of a model of yours
+#
+# What is there already is not made again: a step that was cut off goes on where it stood. Remove the files of a step to
+# repeat it, and the folder of a recording that was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/closed_loop} OMP_NUM_THREADS=1 TQDM_MININTERVAL=10
@@ -24,14 +27,16 @@ step() { # name, what it does
 }
 record() { # lines of: demonstrator, level, seed, name, seconds, folder, flags; three games at a time
     xargs -P 3 -L 1 bash -c '[ -e "$5/$3" ] || $PYTHON record_session.py --demonstrator $0 --level $1 --seed $2 --name $3 \
-        --seconds $4 --output "$5" --preset veryfast "${@:6}" > "$OUT/record_$3.log" 2>&1'
+        --seconds $4 --output "$5" --preset veryfast "${@:6}" > "$OUT/record_$3.log" 2>&1 || echo "see $OUT/record_$3.log"'
 }
 label() { # folder; two sessions at a time
     find "$1" -mindepth 1 -maxdepth 1 -type d | sort |
-        xargs -P 2 -I{} $PYTHON precompute_labels.py --data-dir {} --half-life-s 2 > "$OUT/label.log" 2>&1
+        xargs -P 2 -I{} $PYTHON precompute_labels.py --data-dir {} --half-life-s 2 > "$OUT/label_$(basename "$1").log" 2>&1
 }
 train() { # name, folder of sessions, updates, flags
-    $PYTHON iql_reflex.py --exp-name "$1" --run-root "$OUT/runs" --data-dir "$2" --max-updates "$3" --action-horizon 0 \
+    if [ -e "$OUT/$1.onnx" ]; then return; fi
+    rm -rf "$OUT"/runs/*__"$1"__*
+    $PYTHON iql_reflex.py --overwrite --exp-name "$1" --run-root "$OUT/runs" --data-dir "$2" --max-updates "$3" --action-horizon 0 \
         --image-size 112 --backbone cnn --cnn-grid 7 --lr 1e-3 --batch-size 64 --inv-dyn-weight 0 --video-seconds 0 \
         "${@:4}" > "$OUT/train_$1.log" 2>&1
     $PYTHON export_reflex.py --checkpoint "$OUT"/runs/*__"$1"__* --output "$OUT/$1.onnx" >> "$OUT/train_$1.log" 2>&1
@@ -65,16 +70,35 @@ fi
 if step policy "the policy, plain cloning of both"; then
     mkdir -p "$OUT/both"
     ln -sfn "$(realpath "$DATA")"/* "$(realpath "$CORRECTED")"/* "$OUT/both"
-    OMP_NUM_THREADS=2 train policy "$OUT/both" 5000 --no-use-awr
+    OMP_NUM_THREADS=2 train policy "$OUT/both" 4000 --no-use-awr
 fi
 
 if step play "$EPISODES episodes of each player on $LEVELS"; then
     for level in $LEVELS; do
-        replay=skilled_81 # the fastest win; of the game's own level the session that came farthest
-        if [ "$level" = welcome_antarctica ]; then replay=antarctica_300; fi
+        if [ -e "$OUT/play_${level/:/_}" ]; then continue; fi
+        replay=${REPLAY:-$DATA/skilled_83} # the fastest win; of the game's own level the first life that came farthest
+        if [ "$level" = welcome_antarctica ]; then replay=${REPLAY:-$DATA/antarctica_301}; fi
         $PYTHON play_reflex.py closed-loop --model "$MODEL" --level "$level" --episodes "$EPISODES" --games "$GAMES" \
-            --debounce 1 --replay-session "$DATA/$replay" --output "$OUT/play_${level/:/_}"
+            --debounce 1 --replay-session "$replay" --output "$OUT/play_${level/:/_}"
         cp "$OUT/play_${level/:/_}/closed_loop.json" "$RESULTS/closed_loop_${level/:/_}.json"
         cp "$OUT/play_${level/:/_}/closed_loop.png" "$FIGURES/closed_loop_${level/:/_}.png"
     done
+fi
+
+if step compare "plain cloning, advantage weights, IQL on the recordings alone, training seeds $SEEDS, two at a time"; then
+    for seed in $SEEDS; do
+        echo "bc_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/bc_$seed --no-use-awr"
+        echo "awr_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/awr_$seed"
+        echo "iql_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/iql_$seed --q-head"
+    done | xargs -P 2 -L 1 bash -euc 'train "$@"' train
+    models=()
+    for seed in $SEEDS; do
+        models+=("bc=$OUT/bc_$seed.onnx" "awr=$OUT/awr_$seed.onnx" "iql=$OUT/iql_$seed.onnx" "iql+q=$OUT/iql_$seed.onnx")
+    done
+    $PYTHON benchmarks/play/compare.py --models "${models[@]}" --level "${LEVELS%% *}" --episodes "$EPISODES" \
+        --games "$GAMES" --output "$RESULTS/closed_loop_arms.json" --figure "$FIGURES/closed_loop_arms.png"
+fi
+if step offline "do the figures of held-out sessions say how well a policy plays?"; then
+    $PYTHON benchmarks/play/offline_metrics.py --checkpoints "$OUT"/checkpoints/*/*.pth --data-dir "$DATA" \
+        --games "$GAMES" --output "$RESULTS/offline_metrics.json" --figure "$FIGURES/offline_metrics.png"
 fi

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -193,7 +194,7 @@ def assert_same_run(one: Path, other: Path):
 def test_resume_after_kill_and_after_sigterm_equals_an_uninterrupted_run(dataset, tmp_path):
     settings = dict(SMALL, save_every=10, max_updates=60, data_dir=str(dataset), buffer_frames=64)
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    settings, flags = settings | {"q_head": True}, [*flags, "--q-head"]
+    settings, flags = settings | {"q_head": True, "action_horizon": 0}, [*flags, "--q-head", "--action-horizon", "0"]
     whole = Path(iql_reflex.main(iql_reflex.Args(run_root=str(tmp_path / "whole"), **settings))["run_dir"])
 
     process = start("-c", DIES_AT_10, *flags, "--run-root", str(tmp_path / "killed"))
@@ -280,6 +281,21 @@ def test_errors_name_the_file_and_the_mend(dataset, tmp_path):
     fails("--bootstrap 0", bootstrap=0)
     fails("--action-horizon -1 .* expected 0 or more", action_horizon=-1)
     fails("--val-fraction 2 .* 0 to 0.5", val_fraction=2)
+    fails("--cnn-grid 0 --q-tau 0.005: expected 1 or more", cnn_grid=0)
+    fails("--q-head with --action-horizon 2: .* Add --action-horizon 0", q_head=True)
+    many = tuple(f"KEY_{letter}" for letter in "ABCDEFGHI")
+    fails("--q-head takes 8 keys at most", q_head=True, action_horizon=0, keys=many)
+    write_session(shutil.copytree(dataset, tmp_path / "gammas") / "run_9", 40, gamma=0.9)
+    fails(
+        "one gamma in all labels.*run_9/returns.parquet 0.9",
+        q_head=True,
+        action_horizon=0,
+        data_dir=str(tmp_path / "gammas"),
+    )
+    advice = shutil.copytree(dataset, tmp_path / "advice") / "run_0/frames.parquet"
+    table = pq.read_table(advice)
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"policy": b"reflex.onnx"}), advice)
+    fails("in run_0 a policy played .* --no-use-awr --inv-dyn-weight 0", data_dir=str(tmp_path / "advice"))
     fails("torch finds no cuda|expected auto", device="cuda" if not torch.cuda.is_available() else "tpu")
     write_session(tmp_path / "bare/run_0", 40, labels=False)
     write_session(tmp_path / "bare/run_1", 40, labels=False)
@@ -304,7 +320,7 @@ def test_a_truncated_video_trains_on_what_it_has(dataset, tmp_path, capsys):
 def test_a_changed_copy_trains_with_no_other_edit(dataset, tmp_path):
     source = Path(iql_reflex.__file__).read_text()
     copy = ROOT / "my_reflex.py"
-    changed = source.replace("(128, 128)]", "(128, 96)]").replace("nn.Linear(128 * 16, 512)", "nn.Linear(96 * 16, 512)")
+    changed = source.replace("(128, 128)]", "(128, 96)]").replace("nn.Linear(128 * grid**2", "nn.Linear(96 * grid**2")
     assert changed != source
     try:
         copy.write_text(changed)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import play_reflex
+from benchmarks.play import compare, offline_metrics
 from common.sessions import WIN_KEY, load_session
 from supertux_env import closed_loop as c
+from supertux_env import demonstrators
 from supertux_env.launch import Truth
 from supertux_env.levels import TILE, Terrain, generate_level, move_spawn
 from tests.synthetic import START_NS, write_session
@@ -113,6 +115,11 @@ def test_the_policy_plays_the_keys_of_eval(tmp_path):
             changes += (before != rule.active).any()
             assert after_s == 0 and keys == {key for key, down in zip(KEYS, rule.active, strict=True) if down}
         assert changes > 10
+
+
+def test_the_demonstrator_is_measured_without_random_acts():
+    player = c.Skilled(10.0, TERRAIN, 1)
+    assert player.demonstrator.skill.random == 0 < demonstrators.SKILLS["skilled"].random
 
 
 def test_sampled_keys_have_their_probabilities(tmp_path):
@@ -260,6 +267,34 @@ def test_a_summary_by_hand():
     assert policy["key_rates"] == pytest.approx(dict.fromkeys(c.KEYS, 0) | {"KEY_RIGHT": 2 / 3, "KEY_SPACE": 1 / 3})
     difference = summary["reference_minus"]["no-op"]["tiles"]
     assert difference == {"mean": 20.0, "low": 20.0, "high": 20.0}, "pairs differ by 20 each"
+
+
+def test_ways_are_compared_by_the_mean_of_their_models():
+    tiles = {"a": np.array([[10.0, 20.0], [30.0, 40.0]]), "b": np.array([[5.0, 15.0]])}
+    summary = compare.summarise(tiles, ["x", "x"])
+    assert summary["ways"]["a"]["models"] == [15.0, 35.0] and summary["ways"]["a"]["mean"] == 25.0
+    assert summary["differences"] == {"a - b": {"mean": 15.0, "low": 15.0, "high": 15.0}}
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    slow, model = write_model(tmp_path / "slow", fps=5.0), write_model(tmp_path / "model")
+    for models, words in [
+        ((f"bc+best={model}",), "expected <way>=<file.onnx>"),
+        ((str(model),), "expected <way>=<file.onnx>"),
+        ((f"iql+q={model}",), "has no Q head"),
+        ((f"a={model}", f"b={slow}"), r"\[5.0, 10.0\] frames a second, expected one rate"),
+        ((), "expected one rate"),
+    ]:
+        with pytest.raises(SystemExit, match=words):
+            compare.main(compare.Args(models=models))
+
+
+def test_rank_correlation_over_checkpoints():
+    tiles = np.array([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    same = offline_metrics.correlate(tiles**3, tiles, 200)
+    assert [same[name] for name in ("rho", "low", "high")] == pytest.approx([1, 1, 1])
+    assert offline_metrics.correlate(-tiles, tiles, 200)["rho"] == pytest.approx(-1)
+    assert np.isnan(offline_metrics.correlate(np.ones(6), tiles, 200)["rho"])
 
 
 # flags ----------------------------------------------------------------------------------------------------------------
