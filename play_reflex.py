@@ -103,6 +103,8 @@ class ClosedLoop(Args):
     decode: Literal["threshold", "sample", "q"] = "threshold"
     """keys from probabilities: above the threshold; or drawn anew in each frame, without debounce; or the best of 16
     such draws by the Q head of iql_reflex.py --q-head"""
+    max_hold: float = 10.0
+    """as in live play: a key held for so many seconds goes up for one decision; 0 means never"""
     replay_session: Path = Path("sample_dataset/run_1")
     """session of the training data whose keys replay sends, and whose key rates random has: take the best one"""
     games: int = 3
@@ -1013,6 +1015,7 @@ class PolicyPlayer:
         self.decode, self.rng = args.decode, np.random.default_rng(seed)
         if args.decode != "threshold":
             self.rule.debounce = 1
+        self.max_hold_s, self.since = args.max_hold or math.inf, {}  # key down -> when it was pressed
         self.policy(np.zeros((480, 640, 3), np.uint8))  # the first run of a network is slow
         self.policy.reset()
 
@@ -1028,7 +1031,10 @@ class PolicyPlayer:
             best = self.policy.q[draws @ 2 ** np.arange(len(probability))].argmax()
             self.rule.thresholds, probability = np.where(self.policy.allowed, 0.5, np.inf), draws[best].astype(float)
         self.rule.step(probability)
-        yield 0.0, set(self.names[self.rule.active].tolist())
+        wanted = set(self.names[self.rule.active].tolist())
+        wanted -= {name for name, pressed_s in self.since.items() if time_s - pressed_s >= self.max_hold_s}
+        self.since = {name: self.since.get(name, time_s) for name in wanted}
+        yield 0.0, wanted
 
 
 def play_closed_loop(args: ClosedLoop) -> dict:
@@ -1038,6 +1044,8 @@ def play_closed_loop(args: ClosedLoop) -> dict:
         if args.debounce < 1 or args.max_keys < 0 or not 0 <= (args.threshold or 0) <= 1:
             found = f"--debounce {args.debounce} --max-keys {args.max_keys} --threshold {args.threshold}"
             raise ValueError(f"{found}: expected at least 1, at least 0, and 0..1")
+        if not args.max_hold >= 0:
+            raise ValueError(f"--max-hold {args.max_hold:g}: expected 0 seconds or more")
         if args.decode != "threshold" and args.threshold is not None:
             raise ValueError(
                 f"--threshold {args.threshold} means nothing to --decode {args.decode}. Leave one of them out"
@@ -1076,7 +1084,12 @@ def play_closed_loop(args: ClosedLoop) -> dict:
                 source = recorded / f"{episode['seed']}.mp4"
                 closed_loop.draw_video(episode, source, unfinished / f"{title}.mp4", policy.keys, policy.fps)
         settings = {"decode": args.decode, "debounce": args.debounce, "max_keys": args.max_keys}
-        settings |= {"threshold": args.threshold, "replay_session": str(args.replay_session), "games": args.games}
+        settings |= {
+            "threshold": args.threshold,
+            "max_hold": args.max_hold,
+            "replay_session": str(args.replay_session),
+            "games": args.games,
+        }
         facts = write_provenance(unfinished, [args.model])
         result = {"level": args.level, "model_sha256": policy.sha256, "fps": policy.fps, "settings": settings}
         result |= {"commit": facts["commit"], "command": facts["command"], "minutes": (time.monotonic() - started) / 60}

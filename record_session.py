@@ -109,7 +109,7 @@ class Play:
         keys = set() if won else self.player.due()
         if self.policy:
             self.advise(now_ns + 1_000_000, keys, writer)
-            for _, theirs in self.policy.step(frame, position, 0.0):
+            for _, theirs in self.policy.step(frame, position, (now_ns - self.start_ns) / 1e9):
                 if (now_ns - self.start_ns) // TURN_NS % 2 == 0 and not won:
                     keys = theirs
         self.keyboard.hold(keys)

@@ -37,6 +37,8 @@ class Args:
     """of each model, on the same seeds"""
     debounce: int = 1
     """as of play_reflex.py"""
+    max_hold: float = 3.0
+    """as of play_reflex.py"""
     games: int = 3
     """how many games run side by side"""
     output: Path = ROOT / "benchmarks/results/closed_loop_arms.json"
@@ -81,7 +83,8 @@ def main(args: Args) -> dict:
             decode = way.partition("+")[2] or "threshold"
             if not path or decode not in ("threshold", "sample", "q"):
                 raise ValueError(f"{model}: expected <way>=<file.onnx>, of which only +q and +sample may end the way")
-            settings = play_reflex.ClosedLoop(model=Path(path), level=args.level, debounce=args.debounce, decode=decode)
+            rule = {"debounce": args.debounce, "max_hold": args.max_hold, "decode": decode}
+            settings = play_reflex.ClosedLoop(model=Path(path), level=args.level, **rule)
             policies[path] = play_reflex.PolicyPlayer(settings).policy
             players[f"{way} {number}"] = partial(play_reflex.PolicyPlayer, settings)
         rates = {policy.fps for policy in policies.values()}

@@ -48,6 +48,8 @@ class Args:
     """of each checkpoint"""
     debounce: int = 1
     """as of play_reflex.py"""
+    max_hold: float = 3.0
+    """as of play_reflex.py"""
     games: int = 3
     """how many games run side by side"""
     output: Path = ROOT / "benchmarks/results/offline_metrics.json"
@@ -109,7 +111,8 @@ def main(args: Args) -> dict:
         for number, path in enumerate(args.checkpoints):
             model = Path(name) / f"{number}.onnx"
             export_reflex.main(export_reflex.Args(checkpoint=path, output=model))
-            settings = play_reflex.ClosedLoop(model=model, level=args.level, debounce=args.debounce)
+            rule = {"debounce": args.debounce, "max_hold": args.max_hold}
+            settings = play_reflex.ClosedLoop(model=model, level=args.level, **rule)
             players[str(number)] = partial(play_reflex.PolicyPlayer, settings)
         fps, seeds = play_reflex.Policy(model).fps, list(range(args.episodes))
         episodes = closed_loop.play_episodes(players, args.level, seeds, fps, args.games)

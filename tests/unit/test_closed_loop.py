@@ -117,6 +117,15 @@ def test_the_policy_plays_the_keys_of_eval(tmp_path):
         assert changes > 10
 
 
+def test_a_key_held_too_long_goes_up_for_one_decision(tmp_path):
+    model = write_model(tmp_path / "model")
+    player = play_reflex.PolicyPlayer(play_reflex.ClosedLoop(model=model, debounce=1, max_hold=0.5))
+    frame = np.full((8, 8, 3), 255, np.uint8)  # all keys, all the time
+    held = [keys for tick in range(18) for _, keys in player.step(frame, None, tick / 10)]
+    assert [tick for tick, keys in enumerate(held) if keys != set(KEYS)] == [5, 11, 17]
+    assert held[5] == set()
+
+
 def test_the_demonstrator_is_measured_without_random_acts():
     player = c.Skilled(10.0, TERRAIN, 1)
     assert player.demonstrator.skill.random == 0 < demonstrators.SKILLS["skilled"].random
@@ -307,6 +316,7 @@ def test_rank_correlation_over_checkpoints():
         ({"decode": "sample", "threshold": 0.5}, "--threshold 0.5 means nothing to --decode sample"),
         ({"decode": "q"}, "has no Q head, which --decode q asks"),
         ({"debounce": 0}, "--debounce 0"),
+        ({"max_hold": -1.0}, "--max-hold -1: expected 0 seconds or more"),
         ({"level": "nowhere"}, "--level nowhere"),
         ({"replay_session": "missing"}, "missing"),
     ],
