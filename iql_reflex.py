@@ -115,6 +115,9 @@ class Args:
     """weight decay of AdamW"""
     max_pos_weight: float = 3.0
     """upper limit of the weight off/on that rare keys get in the loss"""
+    thresholds: Literal["equal-rate", "even-odds"] = "equal-rate"
+    """when a key counts as pressed: equal-rate, as often as the player pressed it on the validation blocks; even-odds,
+    where it is more likely down than up, the weights of the loss taken out again"""
     random_shift: int = 2
     """augmentation: shift each stack by up to this many pixels; 0 means none"""
     use_awr: bool = True
@@ -640,6 +643,11 @@ def equal_rate_thresholds(probabilities: np.ndarray, true: np.ndarray) -> np.nda
     return np.array([np.quantile(p, 1 - rate) for p, rate in zip(probabilities.T, true.mean(0), strict=True)])
 
 
+def even_odds_thresholds(pos_weight: np.ndarray) -> np.ndarray:
+    """Where a key is as likely down as up: `pos_weight` (K,) multiplied the odds that the network learnt. (K,)"""
+    return pos_weight / (1 + pos_weight)
+
+
 def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: int = 0) -> tuple[dict, dict]:
     """Score the policy on `parts` [(recording, start, stop)], none of them trained on.
 
@@ -987,7 +995,9 @@ def main(args: Args) -> dict:
             },
         )
 
-    thresholds = np.array(checkpoint["thresholds"]) if checkpoint else np.full(len(keys), 0.5)
+    fixed = even_odds_thresholds(pos_weight.cpu().numpy()) if args.thresholds == "even-odds" else None
+    start_thresholds = np.full(len(keys), 0.5) if fixed is None else fixed
+    thresholds = np.array(checkpoint["thresholds"]) if checkpoint else start_thresholds
     val_parts = [(recordings[r], start, stop) for r, start, stop in validation]
     val_parts = [part for part in val_parts if part[0].usable[part[1] : part[2]].any()]
     progress = tqdm(total=total_updates, initial=start_update, desc="updates", unit="update")
@@ -1079,7 +1089,7 @@ def main(args: Args) -> dict:
                 # evaluate, save
                 if update % updates_per_epoch == 0 or update == total_updates:
                     if val_parts:
-                        metrics, details = evaluate(network, val_parts, None, args, device)
+                        metrics, details = evaluate(network, val_parts, fixed, args, device)
                         thresholds = details["per_key"]["threshold"]
                         for name, metric in metrics.items():
                             writer.add_scalar(name, metric, update)

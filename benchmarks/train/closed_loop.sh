@@ -38,7 +38,7 @@ train() { # name, folder of sessions, updates, flags
     rm -rf "$OUT"/runs/*__"$1"__*
     $PYTHON iql_reflex.py --overwrite --exp-name "$1" --run-root "$OUT/runs" --data-dir "$2" --max-updates "$3" --action-horizon 0 \
         --image-size 112 --backbone cnn --cnn-grid 7 --lr 1e-3 --batch-size 64 --inv-dyn-weight 0 --video-seconds 0 \
-        "${@:4}" > "$OUT/train_$1.log" 2>&1
+        --thresholds even-odds "${@:4}" > "$OUT/train_$1.log" 2>&1
     $PYTHON export_reflex.py --checkpoint "$OUT"/runs/*__"$1"__* --output "$OUT/$1.onnx" >> "$OUT/train_$1.log" 2>&1
     echo "$1 is trained, log in $OUT/train_$1.log"
 }

@@ -126,6 +126,19 @@ def test_running_moments_skip_unknown_returns():
     assert torch.equal(one, other)
 
 
+def test_even_odds_thresholds_undo_the_weights_of_the_loss():
+    """A key that is down in 30 % of the frames, weighted by 3 in the loss: the best constant probability is far above
+    0.3, and the threshold lies above it as 0.5 lies above 0.3."""
+    keys, pos_weight = torch.tensor([[1.0]] * 3 + [[0.0]] * 7), torch.tensor([3.0])
+    logits = torch.linspace(-4, 4, 8001)
+    losses = [q.keys_loss(x.expand(10, 1), keys, torch.ones(10), pos_weight) for x in logits]
+    best = logits[int(torch.stack(losses).argmin())].sigmoid().item()
+    (threshold,) = q.even_odds_thresholds(pos_weight.numpy())
+    odds = [p / (1 - p) for p in (best, threshold)]
+    assert odds[0] / odds[1] == pytest.approx(0.3 / 0.7, rel=0.01) and threshold == 0.75
+    assert q.even_odds_thresholds(np.ones(2)).tolist() == [0.5, 0.5]
+
+
 def test_keys_loss_equals_the_plain_one():
     logits, keys = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).float()
     plain = F.binary_cross_entropy_with_logits(logits, keys)
