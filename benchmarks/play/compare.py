@@ -35,6 +35,8 @@ class Args:
     """as of play_reflex.py closed-loop"""
     episodes: int = 20
     """of each model, on the same seeds"""
+    seed: int = 100
+    """the first of their seeds"""
     debounce: int = 1
     """as of play_reflex.py"""
     max_hold: float = 3.0
@@ -93,7 +95,9 @@ def main(args: Args) -> dict:
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
     fps = rates.pop()
-    episodes = closed_loop.play_episodes(players, args.level, list(range(args.episodes)), fps, args.games)
+    episodes = closed_loop.play_episodes(
+        players, args.level, list(range(args.seed, args.seed + args.episodes)), fps, args.games
+    )
     tiles: dict[str, list] = {}
     for player in players:
         mine = [episode for episode in episodes if episode["player"] == player]

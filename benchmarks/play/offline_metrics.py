@@ -46,6 +46,8 @@ class Args:
     """the level that is played"""
     episodes: int = 8
     """of each checkpoint"""
+    seed: int = 100
+    """the first of their seeds"""
     debounce: int = 1
     """as of play_reflex.py"""
     max_hold: float = 3.0
@@ -114,7 +116,7 @@ def main(args: Args) -> dict:
             rule = {"debounce": args.debounce, "max_hold": args.max_hold}
             settings = play_reflex.ClosedLoop(model=model, level=args.level, **rule)
             players[str(number)] = partial(play_reflex.PolicyPlayer, settings)
-        fps, seeds = play_reflex.Policy(model).fps, list(range(args.episodes))
+        fps, seeds = play_reflex.Policy(model).fps, list(range(args.seed, args.seed + args.episodes))
         episodes = closed_loop.play_episodes(players, args.level, seeds, fps, args.games)
         facts = runs.write_provenance(Path(name), list(args.checkpoints))
     for number, row in enumerate(rows):

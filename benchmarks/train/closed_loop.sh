@@ -79,7 +79,8 @@ if step play "$EPISODES episodes of each player on $LEVELS"; then
         replay=${REPLAY:-$DATA/skilled_83} # the fastest win; of the game's own level the first life that came farthest
         if [ "$level" = welcome_antarctica ]; then replay=${REPLAY:-$DATA/antarctica_301}; fi
         $PYTHON play_reflex.py closed-loop --model "$MODEL" --level "$level" --episodes "$EPISODES" --games "$GAMES" \
-            --debounce 1 --max-hold 3 --replay-session "$replay" --output "$OUT/play_${level/:/_}"
+            --seed 100 --debounce 1 --max-hold 3 --replay-session "$replay" \
+            --output "$OUT/play_${level/:/_}"
         cp "$OUT/play_${level/:/_}/closed_loop.json" "$RESULTS/closed_loop_${level/:/_}.json"
         cp "$OUT/play_${level/:/_}/closed_loop.png" "$FIGURES/closed_loop_${level/:/_}.png"
     done
