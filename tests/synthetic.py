@@ -47,15 +47,16 @@ def write_session(
             video.add(pictures[i], i * step)
     if labels:
         reward = {"DEATH": -1.0, "WIN": 1.0, "INCOMPLETE": 0.0}[outcome]
-        last = n_frames - 1
-        write_table(folder / "events.parquet", {"frame_idx": [last], "event": [outcome], "confidence": [1.0]}, EVENTS)
+        last, made_with = n_frames - 1, {"gamma": gamma}
+        events = {"frame_idx": [last], "event": [outcome], "confidence": [1.0]}
+        write_table(folder / "events.parquet", events, EVENTS, made_with)
         row = {"episode_id": [0], "start_frame": [0], "end_frame": [last], "outcome": [outcome], "reward": [reward]}
-        write_table(folder / "episodes.parquet", row | {"length": [n_frames]}, EPISODES)
+        write_table(folder / "episodes.parquet", row | {"length": [n_frames]}, EPISODES, made_with)
         frames = np.arange(n_frames)
         returns = {
             "frame_idx": frames,
             "return": reward * gamma ** (last - frames),
             "reward": np.where(frames == last, reward, 0.0),
         }
-        write_table(folder / "returns.parquet", returns, RETURNS, {"gamma": gamma})
+        write_table(folder / "returns.parquet", returns, RETURNS, made_with)
     return folder
