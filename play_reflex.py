@@ -1053,8 +1053,7 @@ def play_closed_loop(args: ClosedLoop) -> dict:
         if args.episodes < 2 or args.games < 1 or args.seed < 0 or len(set(args.players)) < max(1, len(args.players)):
             found = f"--episodes {args.episodes} --games {args.games} --seed {args.seed} --players {args.players}"
             raise ValueError(f"{found}: expected 2 or more, 1 or more, 0 or more, and each player once")
-        policy = Policy(args.model, args.manifest)
-        PolicyPlayer(args)
+        policy = PolicyPlayer(args).policy
         makers = {"policy": partial(PolicyPlayer, args)}
         makers |= closed_loop.baselines(load_session(args.replay_session), policy.fps)
         players = {name: makers[name] for name in args.players}

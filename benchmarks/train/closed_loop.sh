@@ -27,7 +27,8 @@ step() { # name, what it does
 }
 record() { # lines of: demonstrator, level, seed, name, seconds, folder, flags; three games at a time
     xargs -P 3 -L 1 bash -c '[ -e "$5/$3" ] || $PYTHON record_session.py --demonstrator $0 --level $1 --seed $2 --name $3 \
-        --seconds $4 --output "$5" --preset veryfast "${@:6}" > "$OUT/record_$3.log" 2>&1 || echo "see $OUT/record_$3.log"'
+        --seconds $4 --output "$5" --preset veryfast "${@:6}" > "$OUT/record_$3.log" 2>&1 ||
+        { echo "$3 was not recorded, see $OUT/record_$3.log; call this script again" >&2; exit 1; }'
 }
 label() { # folder; two sessions at a time
     find "$1" -mindepth 1 -maxdepth 1 -type d | sort |
@@ -44,7 +45,7 @@ train() { # name, folder of sessions, updates, flags
 }
 export -f train
 
-if step record "72 sessions of mixed skill, half an hour of play, none on generated:0-9"; then
+if step record "72 sessions of mixed skill, an hour of play, none on generated:0-9"; then
     {
         for seed in {300..308}; do echo "skilled welcome_antarctica $seed antarctica_$seed 80 $DATA"; done
         for seed in {40..85}; do echo "skilled generated $seed skilled_$seed 75 $DATA"; done
