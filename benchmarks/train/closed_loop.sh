@@ -59,10 +59,10 @@ if step label "deaths, squished enemies and wins; half-life 2 s"; then label "$D
 if step first "a first policy, plain cloning of the recordings"; then
     OMP_NUM_THREADS=2 train first "$DATA" 2000 --no-use-awr
 fi
-if step correct "it plays in turns with the demonstrator, whose keys are the labels; 40 sessions"; then
+if step correct "it plays in turns with the demonstrator, whose keys are the labels; 50 sessions"; then
     {
         for seed in {112..141}; do echo "skilled generated $seed corrected_$seed 50 $CORRECTED --policy $OUT/first.onnx"; done
-        for seed in {320..329}; do
+        for seed in {320..339}; do
             echo "skilled welcome_antarctica $seed corrected_$seed 45 $CORRECTED --policy $OUT/first.onnx"
         done
     } | record
