@@ -867,6 +867,10 @@ def main(args: Args) -> dict:
             runs.check_checkpoint_dir(args, EPOCH_FILE.format("*"), __file__)
         if args.pretrained and args.backbone != "resnet18":
             raise ValueError(f"--pretrained {args.pretrained} holds ResNet-18 weights, --backbone is {args.backbone}")
+        if args.backbone != "cnn" and args.cnn_grid != Args.cnn_grid:
+            raise ValueError(f"--cnn-grid {args.cnn_grid} belongs to --backbone cnn, --backbone is {args.backbone}")
+        if not args.q_head and (args.q_coef, args.q_tau) != (Args.q_coef, Args.q_tau):
+            raise ValueError(f"--q-coef {args.q_coef:g} --q-tau {args.q_tau:g} do nothing without --q-head")
         if args.bootstrap < 1:
             raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
         if args.cnn_grid < 1 or not 0 < args.q_tau <= 1:

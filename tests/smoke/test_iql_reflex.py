@@ -282,6 +282,8 @@ def test_errors_name_the_file_and_the_mend(dataset, tmp_path):
     fails("--action-horizon -1 .* expected 0 or more", action_horizon=-1)
     fails("--val-fraction 2 .* 0 to 0.5", val_fraction=2)
     fails("--cnn-grid 0 --q-tau 0.005: expected 1 or more", cnn_grid=0)
+    fails("--cnn-grid 7 belongs to --backbone cnn", cnn_grid=7, backbone="resnet18")
+    fails("--q-coef 2 --q-tau 0.005 do nothing without --q-head", q_coef=2.0)
     fails("--q-head with --action-horizon 2: .* Add --action-horizon 0", q_head=True)
     many = tuple(f"KEY_{letter}" for letter in "ABCDEFGHI")
     fails("--q-head takes 8 keys at most", q_head=True, action_horizon=0, keys=many)
