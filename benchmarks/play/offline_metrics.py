@@ -20,6 +20,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -107,7 +108,9 @@ def draw(rows: list[dict], correlations: dict, path: Path, title: str):
 
 
 def main(args: Args) -> dict:
-    rows = [{"checkpoint": path.name, "run": path.parent.name, **score(path, args)} for path in args.checkpoints]
+    rows = []
+    for path in tqdm(args.checkpoints, desc="held-out sessions", unit="checkpoint"):
+        rows.append({"checkpoint": path.name, "run": path.parent.name, **score(path, args)})
     with tempfile.TemporaryDirectory() as name:
         players = {}
         for number, path in enumerate(args.checkpoints):

@@ -87,16 +87,20 @@ if step play "$EPISODES episodes of each player on $LEVELS"; then
     done
 fi
 
-if step compare "plain cloning, advantage weights, IQL on the recordings alone, training seeds $SEEDS, two at a time"; then
-    for seed in $SEEDS; do
-        echo "bc_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/bc_$seed --no-use-awr"
-        echo "awr_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/awr_$seed"
-        echo "iql_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/iql_$seed --q-head"
-    done | xargs -P 2 -L 1 bash -euc 'train "$@"' train
+if step compare "plain cloning, advantage weights (training seeds $SEEDS), IQL, thresholds, on the recordings alone"; then
+    {
+        for seed in $SEEDS; do
+            echo "bc_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/bc_$seed --no-use-awr"
+            echo "awr_$seed $DATA 2000 --seed $seed --checkpoint-dir $OUT/checkpoints/awr_$seed"
+        done
+        echo "iql_1 $DATA 2000 --checkpoint-dir $OUT/checkpoints/iql_1 --q-head"
+        echo "bc_1_equal_rate $DATA 2000 --no-use-awr --thresholds equal-rate"
+        echo "awr_1_equal_rate $DATA 2000 --thresholds equal-rate"
+    } | xargs -P 2 -L 1 bash -euc 'train "$@"' train
     models=()
-    for seed in $SEEDS; do
-        models+=("bc=$OUT/bc_$seed.onnx" "awr=$OUT/awr_$seed.onnx" "iql=$OUT/iql_$seed.onnx" "iql+q=$OUT/iql_$seed.onnx")
-    done
+    for seed in $SEEDS; do models+=("bc=$OUT/bc_$seed.onnx" "awr=$OUT/awr_$seed.onnx"); done
+    models+=("iql=$OUT/iql_1.onnx" "iql+q=$OUT/iql_1.onnx")
+    models+=("bc_equal_rate=$OUT/bc_1_equal_rate.onnx" "awr_equal_rate=$OUT/awr_1_equal_rate.onnx")
     $PYTHON benchmarks/play/compare.py --models "${models[@]}" --level "${LEVELS%% *}" --episodes "$EPISODES" \
         --games "$GAMES" --output "$RESULTS/closed_loop_arms.json" --figure "$FIGURES/closed_loop_arms.png"
 fi
