@@ -9,19 +9,20 @@ STEPS = ((0, 0), (0, -2), (0, 2), (-2, 0), (2, 0))  # stay, up, down, left, righ
 
 
 def play(length: int, seed: int, size: int = 64) -> dict[str, np.ndarray]:
-    """The arrays of one episode. The player walks towards the spot, or idles; reward 1 on reaching it, then another spot."""
+    """The arrays of one episode. The player walks towards the spot, or idles; reaching it pays 1 and moves it."""
     rng = np.random.default_rng(seed)
     place, spot = rng.integers(8, size - 8, 2), rng.integers(8, size - 8, 2)
     frames, movement, keys, reward = [], [], [], []
     action, key, gain = 0, 0, 0.0
-    for t in range(length):
+    for _ in range(length):
         frame = np.zeros((size, size, 3), np.uint8)
         frame[spot[1] - 3 : spot[1] + 3, spot[0] - 3 : spot[0] + 3] = (0, 160, 0)
         frame[place[1] - 4 : place[1] + 4, place[0] - 4 : place[0] + 4] = (255, 255 * key, 60)
         frames.append(frame)
         movement.append(action), keys.append([key]), reward.append(gain)
         away, gain = spot - place, 0.0
-        action = 0 if rng.random() < 0.1 else (4 if away[0] > 0 else 3) if abs(away[0]) > 1 else (2 if away[1] > 0 else 1)
+        across, along = (4 if away[0] > 0 else 3), (2 if away[1] > 0 else 1)
+        action = 0 if rng.random() < 0.1 else across if abs(away[0]) > 1 else along
         key = int(abs(away).sum() < 20)
         place = np.clip(place + STEPS[action], 8, size - 8)
         if abs(spot - place).max() <= 2:
@@ -45,7 +46,7 @@ def write_packed(folder: Path, episodes: int = 3, length: int = 60, heldout: int
     names = [f"episode_{i:04d}" for i in range(1, episodes + 1)] + [f"heldout_{i:04d}" for i in range(1, heldout + 1)]
     for seed, name in enumerate(names):
         np.savez_compressed(folder / f"{name}.npz", **play(length, seed))
-    meta = {"schema": 1, "fps": 20, "n_movement": 5, "movements": ["stay", "up", "down", "left", "right"], "keys": ["B"]}
-    meta |= {"action_index": "arrival", "frame_shape": [64, 64, 3], "episodes": {name: {"frames": length} for name in names}}
+    meta = {"schema": 1, "fps": 20, "n_movement": 5, "keys": ["B"], "action_index": "arrival"}
+    meta |= {"frame_shape": [64, 64, 3], "episodes": {name: {"frames": length} for name in names}}
     (folder / "meta.json").write_text(json.dumps(meta | changes))
     return folder
