@@ -18,11 +18,9 @@ import os
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,14 +28,14 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import runs
-# DEATH
+
+from common.returns import death_events  # noqa: F401  the rule by which pack_episodes.py finds deaths
 from common.video import VideoWriter, resize
 
 
@@ -149,9 +147,9 @@ class Args:
     """updates between two saves of last.pt"""
 
 
-# Axes: B batch, T frames of a window, S slots (tokens of a frame), D width, P patches, N x Z latents of a frame, A keys,
-# M movements, L rows ahead, R rows of all episodes laid end to end, E games side by side. Row t of anything holds frame t
-# and the action, the reward and the end that came with it (arrival): the policy at row t chooses the action of row t + 1.
+# Axes: B batch, T frames of a window, S slots (tokens of a frame), D width, P patches, N x Z latents of a frame, A
+# keys, M movements, L rows ahead, R rows of all episodes laid end to end, E games side by side. Row t holds frame t
+# and the action, reward and end that came with it (arrival): the policy at row t chooses the action of row t + 1.
 PRESETS = {
     "cpu": {
         "tokenizer": {"size": 64, "patch": 8, "dim": 64, "layers": 2, "heads": 2, "n_latents": 16, "latent_dim": 16},
@@ -352,7 +350,7 @@ def gather(rows: Rows, windows: np.ndarray, length: int, ahead: int, device) -> 
 
 # ALGO LOGIC: network --------------------------------------------------------------------------------------------------
 def rope(x: torch.Tensor, first: int) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021) first, first + 1, ... along the axis before the last: (..., T, H) -> the same."""
+    """Rotary positions (Su et al. 2021) first, first + 1, ... of (..., T, H)."""
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angle = (first + torch.arange(x.shape[-2], device=x.device))[:, None] * frequency  # (T, H / 2)
@@ -362,8 +360,8 @@ def rope(x: torch.Tensor, first: int) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Attention over the slots of a frame, or of each slot over its own past, then a SwiGLU; norms before, and on queries
-    and keys. `kv_heads` heads of keys and values are shared by `heads` of queries (grouped-query attention)."""
+    """Attention over the slots of a frame, or of each slot over its own past, then a SwiGLU; norms before them, and on
+    queries and keys. `kv_heads` heads of keys and values serve `heads` of queries (grouped-query attention)."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int, over_time: bool):
         super().__init__()
@@ -376,8 +374,8 @@ class Block(nn.Module):
         self.ff_in, self.ff_out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x, mask, first: int = 0, past=None):
-        """x (B, T, S, D); mask (S, S), or over time (T, K), (B, T, K), or None for all; True may be seen. `past`: keys and
-        values (B * S, heads, K - T, H) of the frames before `first`. Returns x, keys and values."""
+        """x (B, T, S, D); mask (S, S), or over time (T, K), (B, T, K), None for all; True may be seen. `past`: keys
+        and values (B * S, heads, K - T, H) of the frames before `first`. Returns x, keys and values."""
         B, T, S, D = x.shape
         y = self.norm(x)
         y = y.transpose(1, 2).reshape(B * S, T, D) if self.over_time else y.reshape(B * T, S, D)
@@ -399,8 +397,8 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Blocks over (B, T, S, D): every `time_every`-th over time, causal, `context` frames far; the others over the slots,
-    where `allowed` (S, S) says which query sees which key."""
+    """Blocks over (B, T, S, D): every `time_every`-th over time, causal, `context` frames far; the others over the
+    slots, where `allowed` (S, S) says which query sees which key."""
 
     def __init__(self, dim, layers, heads, kv_heads, time_every, context, allowed: torch.Tensor):
         super().__init__()
@@ -435,8 +433,8 @@ class Trunk(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Masked autoencoder: frames to `n_latents` x `latent_dim` numbers in -1..1, and back. Frames are read, and written,
-    as what differs from the mean frame."""
+    """Masked autoencoder: frames to `n_latents` x `latent_dim` numbers in -1..1, and back. Frames are read, and
+    written, as what differs from the mean frame."""
 
     def __init__(self, size, patch, dim, layers, heads, n_latents, latent_dim, time_every, clip, grid: bool):
         super().__init__()
@@ -528,9 +526,9 @@ class Dynamics(nn.Module):
         self.trunk = Trunk(dim, layers, heads, kv_heads, time_every, context, ~is_agent | is_agent[:, None])
 
     def forward(self, z, signal, step, actions: dict, independent=None, cache: dict | None = None):
-        """z (B, T, N, Z) noisy; signal (B, T) in 0..k_max - 1, of k_max; step (B, T), 2^step / k_max is its size; actions
-        movement (B, T), keys (B, T, A), act_valid (B, T); independent (B,) bool, whose frames are unrelated images.
-        Returns clean z (B, T, N, Z), what the agent reads (B, T, D), and the cache."""
+        """z (B, T, N, Z) noisy; signal (B, T) in 0..k_max - 1, of k_max; step (B, T), of the size 2^step / k_max;
+        actions movement (B, T), keys (B, T, A), act_valid (B, T); independent (B,) bool, whose frames are unrelated
+        images. Returns clean z (B, T, N, Z), what the agent reads (B, T, D), and the cache."""
         known = actions["act_valid"] if independent is None else actions["act_valid"] & ~independent[:, None]
         action = self.movement(actions["movement"]) + actions["keys"] @ self.keys.weight[: actions["keys"].shape[-1]]
         action = torch.where(known[..., None], action, 0.0)  # (B, T, D)
@@ -582,13 +580,13 @@ def symexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def symexp_bins(n: int = N_BINS, limit: float = 5.0) -> torch.Tensor:
-    """(n,) float64 values that bins stand for: symexp of equal distances in -limit..limit, exactly symmetric. n is odd."""
+    """(n,) float64 values that bins stand for: symexp of equal distances in -limit..limit, symmetric; n is odd."""
     positive = symexp(torch.linspace(0, limit, n // 2 + 1, dtype=torch.float64))
     return torch.cat([-positive[1:].flip(0), positive])
 
 
 def twohot_neighbours(x: torch.Tensor, bins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (...) -> the lower of the two bins beside it, and the weight of the upper one. Outside the bins the last counts."""
+    """x (...) -> the lower of the two bins beside it, and the weight of the upper one; outside, the last bin's."""
     x = x.to(bins.dtype).clamp(bins[0], bins[-1])
     low = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
     return low, (x - bins[low]) / (bins[low + 1] - bins[low])
@@ -602,7 +600,7 @@ def twohot_encode(x: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
 
 
 def twohot_decode(logits: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
-    """logits (..., n) -> mean (...) of what the bins stand for. Mirrored bins first, so that equal ones give exactly 0."""
+    """logits (..., n) -> mean (...) of what the bins stand for. Mirrored bins first: equal ones give exactly 0."""
     p = logits.double().softmax(-1) if bins.dtype == torch.float64 else logits.float().softmax(-1)
     middle = len(bins) // 2
     return ((p - p.flip(-1))[..., middle + 1 :] * bins[middle + 1 :]).sum(-1)
@@ -627,8 +625,8 @@ def twohot_loss(logits: torch.Tensor, targets: torch.Tensor, bins: torch.Tensor)
 def mtp_pairs(predict: torch.Tensor, target: torch.Tensor, ahead: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows learn what is `first` + n rows ahead, n = 0 .. ahead - 1: 1 for actions, 0 for rewards (arrival).
 
-    predict (B, T) rows that may learn; target (B, T + ahead, or fewer) rows that can be learnt from, all of the same run.
-    Returns the target rows (T, ahead), clamped to the last, and which pairs count (B, T, ahead).
+    predict (B, T) rows that may learn; target (B, T + ahead, or fewer) rows to learn from, of the same run. Returns
+    the target rows (T, ahead), clamped to the last, and which pairs count (B, T, ahead).
     """
     row = torch.arange(predict.shape[1], device=predict.device)[:, None] + first
     row = row + torch.arange(ahead, device=predict.device)
@@ -653,7 +651,7 @@ def action_nll(logits: torch.Tensor, movement: torch.Tensor, keys: torch.Tensor)
 def agent_losses(
     heads: Heads, h: torch.Tensor, batch: dict, policy_rows: torch.Tensor, reward_rows: torch.Tensor
 ) -> dict:
-    """Scalars `policy`, `reward`, `cont` from h (B, T, D) and labels of T + L rows; the rows that learn, (B, T) bool."""
+    """Scalars `policy`, `reward`, `cont` of h (B, T, D) and labels of T + L rows; which rows learn, (B, T) bool."""
     logits = heads.policy(h)  # (B, T, L, M + A)
     row, counts = mtp_pairs(policy_rows, batch["act_valid"], logits.shape[2], first=1)
     policy = mtp_mean(action_nll(logits, batch["movement"][:, row], batch["keys"][:, row]), counts)
@@ -672,8 +670,8 @@ def noisy(z: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, k_max: int
 
 
 def draw_levels(bootstrap: torch.Tensor, T: int, k_max: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signal level and step size of each frame, both (B, T), on the grid that sampling walks along: step 0 is the smallest,
-    for all but the rows of `bootstrap` (B,) bool, which draw from the larger ones."""
+    """Signal level and step size of each frame, both (B, T), on the grid that sampling walks along: step 0, the
+    smallest, for all but the rows of `bootstrap` (B,) bool, which draw from the larger ones."""
     larger = torch.randint(1, k_max.bit_length(), (len(bootstrap), T), device=bootstrap.device)
     step = torch.where(bootstrap[:, None], larger, 0)
     signal = (torch.rand(step.shape, device=step.device) * (k_max >> step)).long() << step
@@ -691,8 +689,8 @@ def bootstrap_target(forward, z_noisy, signal, step, k_max: int) -> torch.Tensor
 
 
 def shortcut_losses(z_pred, z, target, signal, step, counts, k_max: int) -> dict[str, torch.Tensor]:
-    """Scalars `flow`, of the smallest steps, towards z, and `bootstrap`, of larger ones, towards `target`; all (B, T, N, Z).
-    Frames near the noise count less (ramp, Eq. 8). `counts` (B, T) bool, the frames that learn."""
+    """Scalars `flow`, of the smallest steps, towards z, and `bootstrap`, of larger ones, towards `target`, all of them
+    (B, T, N, Z). Frames near the noise count less (ramp, Eq. 8). `counts` (B, T) bool, the frames that learn."""
     ramp = (0.9 * signal / k_max + 0.1) * counts
     goal = torch.where((step == 0)[..., None, None], z, target)
     error = ramp * (z_pred.float() - goal).square().mean((2, 3))
@@ -721,8 +719,8 @@ def pmpo_loss(log_probs: torch.Tensor, advantages: torch.Tensor, alpha: float = 
 
 
 class RunningRMS(nn.Module):
-    """Divides a scalar loss by the root of its running mean square (debiased), so that terms weigh alike. A loss that is
-    not finite leaves the mean alone."""
+    """Divides a scalar loss by the root of its running mean square (debiased), so that terms weigh alike. A loss that
+    is not finite leaves the mean alone."""
 
     def __init__(self, decay: float = 0.99):
         super().__init__()
@@ -818,7 +816,7 @@ def predict_frame(dynamics: Dynamics, actions: dict, cache: dict, n_steps: int, 
 def open_loop(
     dynamics: Dynamics, z: torch.Tensor, actions: dict, n_context: int, n_steps: int, generator
 ) -> torch.Tensor:
-    """The frames after the first `n_context` of z (B, T, N, Z), from those and the actions of all T rows: (B, T - n_context, N, Z)."""
+    """What follows the first C = `n_context` frames of z (B, T, N, Z), by the actions of all rows: (B, T - C, N, Z)."""
 
     def part(first: int, stop: int) -> dict:
         return {name: actions[name][:, first:stop] for name in ACTION}
@@ -913,8 +911,8 @@ def evaluate_tokenizer(tokenizer: Tokenizer, rows: Rows, device) -> dict[str, fl
 def evaluate_dynamics(
     dynamics: Dynamics, tokenizer: Tokenizer | None, rows: Rows, n_steps: int, device, limit: int = 64
 ):
-    """Open-loop predictions on windows of whole held-out runs, beside holding the last frame, and with the actions of
-    another window. Returns metrics at 8 frames ahead and, per horizon, the same as lists, and pictures of the first window."""
+    """Open-loop predictions on windows of held-out runs, beside holding the last frame, and with the actions of another
+    window. Returns metrics at 8 frames ahead, a table per horizon, and pictures of one window."""
     dynamics.eval()
     length = START + max(HORIZONS)
     starts = [(s, stop) for first, stop in rows.runs for s in range(first, stop - length + 1, 8)]
@@ -988,7 +986,7 @@ def pairs_of_actions(rows: Rows) -> np.ndarray:
 
 def action_baselines(train: Rows, held: Rows, n_movement: int) -> dict[str, float]:
     """What counting the training actions, each alone and after the last one, predicts of the held-out ones: negative
-    log-likelihoods, and on frames where the action changes the accuracy of the best guess that it is not the last one."""
+    log-likelihoods, and where the action changes the accuracy of the best guess that is not the last one."""
     now, then = pairs_of_actions(held), pairs_of_actions(train)
     columns = [(held.movement.numpy(), train.movement.numpy(), n_movement)]
     columns += [(h.long().numpy(), t.long().numpy(), 2) for h, t in zip(held.keys.T, train.keys.T, strict=True)]
@@ -1100,7 +1098,7 @@ def evaluate_agent(dynamics: Dynamics, heads: Heads, train: Rows, held: Rows, ke
 
 
 def joint_log_probs(logits: torch.Tensor, n_movement: int) -> tuple[np.ndarray, torch.Tensor]:
-    """All actions as codes (J,) and their log-probabilities (R, J), from logits (R, M + A); at most the first 6 keys vary."""
+    """All actions as codes (J,) and their log-probabilities (R, J) of logits (R, M + A); the first 6 keys vary."""
     n_keys = logits.shape[-1] - n_movement
     sets = (np.arange(1 << min(6, n_keys))[:, None] >> np.arange(n_keys)) & 1  # (2^A, A)
     movement, keys = np.repeat(np.arange(n_movement), len(sets)), np.tile(sets, (n_movement, 1))
@@ -1115,64 +1113,13 @@ def auc(event: np.ndarray, score: torch.Tensor) -> float:
     return float(roc_auc_score(event, score)) if 0 < event.sum() < len(event) else float("nan")
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """Mean, and its 95 % interval over resampled games."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return [float(values.mean())] * 3
-    low, high = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
-    return [float(values.mean()), float(low), float(high)]
-
-
-class Crowd:
-    """Players that see one game each, side by side; `makers` take turns."""
-
-    def __init__(self, makers: list):
-        self.makers = makers
-
-    def reset(self, seeds: list[int]):
-        self.players = [self.makers[seed % len(self.makers)]() for seed in seeds]
-        for player, seed in zip(self.players, seeds, strict=True):
-            player.reset(seed)
-
-    def act(self, screens: np.ndarray) -> np.ndarray:
-        return np.array([player.act(screen) for player, screen in zip(self.players, screens, strict=True)])
-
-    def took(self, actions: np.ndarray):
-        """They do not ask."""
-
-
-def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], size: int, desc: str) -> tuple[list[dict], float]:
-    """One game per seed, side by side. Returns `score` and `steps` of each, and frames decided on per second of the player."""
-    results, spent, decided, E = [], 0.0, 0, envs.num_envs
-    progress = tqdm(total=len(seeds), desc=desc, unit="game", leave=False)
-    for first in range(0, len(seeds), E):
-        mine = seeds[first : first + E]
-        padded = mine + [seeds[0]] * (E - len(mine))  # games that fill up the vector are not counted
-        screens, _ = envs.reset(seed=padded)
-        player.reset(padded)
-        score, steps, over = np.zeros(E), np.zeros(E, int), np.zeros(E, bool)
-        while not over[: len(mine)].all():
-            began = time.perf_counter()
-            actions = player.act(screens)
-            spent, decided = spent + time.perf_counter() - began, decided + E
-            screens, reward, terminated, truncated, info = envs.step(actions)
-            player.took(info["action"])
-            score, steps = score + reward * ~over, steps + ~over
-            over |= terminated | truncated
-        results += [{"seed": s, "score": float(score[e]), "steps": int(steps[e])} for e, s in enumerate(mine)]
-        progress.update(len(mine))
-    progress.close()
-    return results, decided / spent
-
-
 def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dict:
-    """Score per player over the same seeds, with bootstrap intervals, and of each pair with random the difference."""
-    from retro_env.airstriker import players_of_mix  # noqa: PLC0415
-    from retro_env.game import make_game  # noqa: PLC0415
+    """Scores of the agents, of random play and of the recorded mix, over the same seeds, with 95 % intervals."""
+    from retro_env.airstriker import RandomPlayer, players_of_mix
+    from retro_env.play import Crowd, interval, make_envs, play_games
 
-    make = partial(make_game, args.env_id, max_steps=args.max_steps)
     seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
-    envs = gym.vector.AsyncVectorEnv([make] * min(args.num_envs, len(seeds)), context="spawn")
+    envs = make_envs(args.env_id, min(args.num_envs, len(seeds)), args.max_steps)
     try:
         n_actions = meta["n_movement"] << len(meta["keys"])
         if envs.single_action_space.n != n_actions:
@@ -1180,24 +1127,23 @@ def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dic
                 f"{args.env_id} takes {envs.single_action_space.n} actions, {args.data_dir}/meta.json has {n_actions}: "
                 f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
             )
-        players = {"random": Crowd(["random"]), "mix": Crowd(players_of_mix())} | agents
+        players = {"random": Crowd([RandomPlayer]), "mix": Crowd(players_of_mix())} | agents
         played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
     finally:
         envs.close()
     scores = {name: np.array([game["score"] for game in games]) for name, (games, _) in played.items()}
+    ahead = {name: interval(score - scores["random"]) for name, score in scores.items() if name != "random"}
     return {
         "env_id": args.env_id,
         "score": {name: interval(score) for name, score in scores.items()},
-        "minus_random": {
-            name: interval(score - scores["random"]) for name, score in scores.items() if name != "random"
-        },
+        "minus_random": ahead,
         "decisions_per_second": {name: played[name][1] for name in agents},
         "games": {name: games for name, (games, _) in played.items()},
     }
 
 
 def draw_open_loop(run_dir: Path, table: dict, pictures: dict | None, fps: float, writer: SummaryWriter):
-    """open_loop.png: error over the horizon, and where there are frames the real and the predicted ones; open_loop.mp4."""
+    """open_loop.png: error over the horizon, and real and predicted frames where there are any; open_loop.mp4."""
     figure = Figure(figsize=(10, 4 if pictures is None else 7), layout="constrained")
     rows = figure.subplots(1 if pictures is None else 2, 1, squeeze=False)[:, 0]
     for way in ("one_step", "sample", "mean_of_4", "shuffled", "hold_last"):
@@ -1292,7 +1238,7 @@ def check_args(args: Args, meta: dict):
         raise ValueError("--phase eval trains nothing. Name the agent: --agent-checkpoint runs/<run>/agent.pt")
     if "z_shape" in meta and (args.phase == "tokenizer" or args.tokenizer_checkpoint or args.env_id):
         raise ValueError(
-            f"{args.data_dir} holds latents of another tokenizer: leave out --phase tokenizer, --tokenizer-checkpoint and --env-id"
+            f"{args.data_dir} holds latents, no frames: leave out --phase tokenizer, --tokenizer-checkpoint, --env-id"
         )
 
 
@@ -1348,7 +1294,7 @@ def bin_limits(args: Args, reward: torch.Tensor) -> dict[str, float]:
     )
     if least < bins[N_BINS // 2 + 1] / 4:
         print(
-            f"the least reward, {least:g}, is less than a quarter of a bin from 0: pack larger ones, or lower --reward-range"
+            f"the least reward, {least:g}, is less than a quarter of a bin from 0: scale it up, or lower --reward-range"
         )
     return {"reward": limit, "value": max(args.value_range, limit)}
 
@@ -1376,17 +1322,17 @@ class Networks:
             self.modules[name].load_state_dict(state["models"][name])
 
 
-def load_given(args: Args, meta: dict, networks: Networks, device) -> tuple[list[str], int]:
-    """Load what the checkpoint flags name. Returns the phases that are done by it, and how many latents make a token.
-    Raises ValueError for checkpoints that do not belong together, or not to the data."""
+def load_given(args: Args, meta: dict, networks: Networks, device) -> list[str]:
+    """Load what the checkpoint flags name. Returns the phases that are done by it. Raises ValueError for checkpoints
+    that do not belong together, or not to the data."""
     needs = {
         "tokenizer": ("tokenizer",),
         "dynamics": ("tokenizer", "dynamics"),
         "agent": ("tokenizer", "dynamics", "heads"),
     }
     done, states = [], {}
-    for phase in PHASES:
-        path = getattr(args, f"{phase}_checkpoint")
+    given = {"tokenizer": args.tokenizer_checkpoint, "dynamics": args.dynamics_checkpoint}
+    for phase, path in (given | {"agent": args.agent_checkpoint}).items():
         if path:
             states[phase] = (path, runs.load_checkpoint(Path(path)))
     for phase, (path, state) in states.items():
@@ -1398,19 +1344,16 @@ def load_given(args: Args, meta: dict, networks: Networks, device) -> tuple[list
             raise ValueError(
                 f"{path} was trained on the actions {state['action_spec']}, {args.data_dir} has {action_spec(meta)}"
             )
-        if (
-            "tokenizer" in states
-            and state["fingerprints"].get("tokenizer") != states["tokenizer"][1]["fingerprints"]["tokenizer"]
-        ):
-            raise ValueError(
-                f"{path} was trained with another tokenizer than {states['tokenizer'][0]}. Name the one of its run"
-            )
+        first_path, first = next(iter(states.values()))
+        if state["fingerprints"].get("tokenizer") != first["fingerprints"].get("tokenizer"):
+            raise ValueError(f"{path} was trained with another tokenizer than {first_path}. Name that of its run")
         networks.load(state, names, device)
         done = list(PHASES[: PHASES.index(phase) + 1])
     if "tokenizer" in networks.sizes and list(meta["frame_shape"][:2]) != [networks.sizes["tokenizer"]["size"]] * 2:
         size = networks.sizes["tokenizer"]["size"]
         raise ValueError(
-            f"the tokenizer takes {size} x {size} pixels, {args.data_dir} has {meta['frame_shape']}. Pack it with --frame-size {size}"
+            f"the tokenizer takes {size} x {size} pixels, {args.data_dir} has {meta['frame_shape']}. Pack it with "
+            f"pack_episodes.py --frame-size {size}"
         )
     return done
 
@@ -1425,14 +1368,13 @@ def main(args: Args) -> dict:
         preset, data_dir = PRESETS[args.preset], Path(args.data_dir)
         meta = load_meta(data_dir)
         check_args(args, meta)
-        held_names = [name for name in sorted(meta["episodes"]) if fnmatch(name, args.heldout)] or sorted(
-            meta["episodes"]
-        )[-1:]
-        train_names = [name for name in sorted(meta["episodes"]) if name not in held_names]
+        names = sorted(meta["episodes"])
+        held_names = [name for name in names if fnmatch(name, args.heldout)] or names[-1:]
+        train_names = [name for name in names if name not in held_names]
         if not train_names:
             raise ValueError(f"{data_dir}: all episodes match --heldout {args.heldout}. Nothing is left to train on")
         rows, held = load_rows(data_dir, train_names, meta), load_rows(data_dir, held_names, meta)
-        data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in meta["episodes"])]
+        data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in names)]
         networks = Networks()
         done = load_given(args, meta, networks, device)
         if checkpoint:
@@ -1441,8 +1383,8 @@ def main(args: Args) -> dict:
         size = preset["tokenizer"]["size"]
         if "frame_shape" in meta and not networks.modules and list(meta["frame_shape"][:2]) != [size, size]:
             raise ValueError(
-                f"{data_dir} has frames of {meta['frame_shape']}, --preset {args.preset} takes {size} x {size}. Pack it with "
-                f"pack_episodes.py --frame-size {size}"
+                f"{data_dir} has frames of {meta['frame_shape']}, --preset {args.preset} takes {size} x {size}. Pack "
+                f"it with pack_episodes.py --frame-size {size}"
             )
         T, T_long = preset["lengths"]
         windows, relevant = choose_windows(rows, T)
@@ -1464,10 +1406,9 @@ def main(args: Args) -> dict:
         import wandb
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
-    updates = {p: getattr(args, f"{p}_steps") or preset["steps"][p] for p in PHASES}
-    before = {
-        p: sum(updates[q] for q in phases[: phases.index(p)]) for p in phases
-    }  # x of TensorBoard at a phase's start
+    given = {"tokenizer": args.tokenizer_steps, "dynamics": args.dynamics_steps, "agent": args.agent_steps}
+    updates = {phase: steps or preset["steps"][phase] for phase, steps in given.items()}
+    before = {p: sum(updates[q] for q in phases[:i]) for i, p in enumerate(phases)}  # TensorBoard goes on counting
     start = before[checkpoint["phase"]] + checkpoint["step"] if checkpoint else 0
     writer = SummaryWriter(str(run_dir), purge_step=start + 1 if checkpoint else None)
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
@@ -1476,7 +1417,8 @@ def main(args: Args) -> dict:
         f"{run_dir}: {len(rows.reward):,} training rows of {len(train_names)} episodes, {len(held.reward):,} held out"
     )
     print(
-        f"{len(windows):,} windows of {T} rows, {int(relevant.sum()):,} with a reward; {', '.join(phases) or 'nothing'} on {device}"
+        f"{len(windows):,} windows of {T} rows, {int(relevant.sum()):,} with a reward; on {device}: "
+        f"{', '.join(phases) or 'evaluation'}"
     )
     limits = bin_limits(args, rows.reward)
 
@@ -1610,7 +1552,8 @@ def main(args: Args) -> dict:
         if stop_signal and step < n_steps:
             writer.close()
             print(
-                f"stopped after update {step} of the {phase} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}"
+                f"stopped after update {step} of the {phase} and saved. Go on with: "
+                f"python {Path(__file__).name} --resume {run_dir}"
             )
             raise SystemExit(130)
         save_last(step)
