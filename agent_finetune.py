@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from common import runs
 
-from common.returns import death_events  # noqa: F401  the rule by which pack_episodes.py finds deaths
+# DEATH
 from common.video import VideoWriter, resize
 
 
@@ -1430,9 +1430,8 @@ def main(args: Args) -> dict:
         # networks and optimiser of the phase
         resumed = checkpoint if checkpoint and checkpoint["phase"] == phase else None
         runs.seed_everything(args.seed + PHASES.index(phase), args.torch_deterministic)
-        tokenizer = networks.modules.get("tokenizer")
-        if tokenizer is not None and rows.z is None:
-            rows.z = encode_rows(tokenizer, rows, pack, device)
+        if phase != "tokenizer" and rows.z is None:
+            rows.z = encode_rows(networks.modules["tokenizer"], rows, pack, device)
         for name, sizes in network_sizes(phase, args, preset, meta, rows, limits).items():
             if name not in networks.modules:
                 networks.add(name, device, **sizes | ({"dim": preset["dynamics"]["dim"]} if name == "heads" else {}))
@@ -1479,6 +1478,7 @@ def main(args: Args) -> dict:
             )
 
         def save_last(step: int, save=save, optimizer=optimizer, scaler=scaler, rms=rms, sampler=sampler):
+            writer.flush()  # a run that is killed goes on from here, its curves too
             save(
                 run_dir / "last.pt",
                 step=step,
