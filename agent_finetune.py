@@ -18,6 +18,8 @@ import os
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -907,6 +909,17 @@ def evaluate_tokenizer(tokenizer: Tokenizer, rows: Rows, device) -> dict[str, fl
     }
 
 
+def open_loop_windows(rows: Rows) -> np.ndarray:
+    """(W, 2) first row and end of the run, of every eighth window that an open-loop prediction can be scored on."""
+    length = START + max(HORIZONS)
+    windows = [(start, stop) for first, stop in rows.runs for start in range(first, stop - length + 1, 8)]
+    if len(windows) < 2:
+        raise ValueError(
+            f"the held-out episodes have no two windows of {length} frames. Hold longer ones out: --heldout"
+        )
+    return np.array(windows)
+
+
 @torch.no_grad()
 def evaluate_dynamics(
     dynamics: Dynamics, tokenizer: Tokenizer | None, rows: Rows, n_steps: int, device, limit: int = 64
@@ -914,13 +927,8 @@ def evaluate_dynamics(
     """Open-loop predictions on windows of held-out runs, beside holding the last frame, and with the actions of another
     window. Returns metrics at 8 frames ahead, a table per horizon, and pictures of one window."""
     dynamics.eval()
-    length = START + max(HORIZONS)
-    starts = [(s, stop) for first, stop in rows.runs for s in range(first, stop - length + 1, 8)]
-    if len(starts) < 2:
-        raise ValueError(
-            f"the held-out episodes have no two windows of {length} frames. Name longer ones with --heldout"
-        )
-    chosen = np.array(starts)[np.linspace(0, len(starts) - 1, min(limit, len(starts))).astype(int)]
+    length, starts = START + max(HORIZONS), open_loop_windows(rows)
+    chosen = starts[np.linspace(0, len(starts) - 1, min(limit, len(starts))).astype(int)]
     batch = gather(rows, chosen, length, 0, device)
     z = batch["z"]
     other = {name: torch.cat([batch[name][:, :START], batch[name].roll(1, 0)[:, START:]], 1) for name in ACTION}
@@ -1115,7 +1123,7 @@ def auc(event: np.ndarray, score: torch.Tensor) -> float:
 
 def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dict:
     """Scores of the agents, of random play and of the recorded mix, over the same seeds, with 95 % intervals."""
-    from retro_env.airstriker import RandomPlayer, players_of_mix
+    from retro_env.airstriker import make_player, spread
     from retro_env.play import Crowd, interval, make_envs, play_games
 
     seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
@@ -1127,7 +1135,10 @@ def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dic
                 f"{args.env_id} takes {envs.single_action_space.n} actions, {args.data_dir}/meta.json has {n_actions}: "
                 f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
             )
-        players = {"random": Crowd([RandomPlayer]), "mix": Crowd(players_of_mix())} | agents
+        names = {"random": ["random"] * len(seeds)}
+        if isinstance(meta.get("source"), dict) and meta["source"].get("players"):
+            names["mix"] = list(islice(spread(meta["source"]["players"]), len(seeds)))
+        players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
         played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
     finally:
         envs.close()
@@ -1388,6 +1399,7 @@ def main(args: Args) -> dict:
             )
         T, T_long = preset["lengths"]
         windows, relevant = choose_windows(rows, T)
+        open_loop_windows(held)  # fail now, not after the training
         if not len(windows):
             raise ValueError(f"{data_dir}: no run of two frames to train on. {REPACK}")
     except (ValueError, OSError) as error:

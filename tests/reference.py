@@ -108,3 +108,20 @@ def action_baselines(train, held, n_movement: int) -> dict[str, float]:
         "eval/action_accuracy_repeat_last": 1 - changes / len(asked),
         "eval/change_accuracy_markov": hits / changes,
     }
+
+
+def death_events(present: list[bool], k: int = 3, m: int = 20) -> tuple[list[int], list[int]]:
+    """Frame by frame: alive -> dead where k frames with the bar are followed by m without, dead -> alive after k frames
+    with it. Second: frames where the bar went and the m frames are not over."""
+    deaths, unknown, alive = [], [], True
+    for t in range(len(present)):
+        before, after = present[max(0, t - k) : t], present[t : t + m]
+        if not alive and t >= k and all(before):
+            alive = True
+        if alive and t >= k and all(before) and not any(after):
+            if len(after) == m:
+                deaths.append(t)
+                alive = False
+            else:
+                unknown.append(t)
+    return deaths, unknown
