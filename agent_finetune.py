@@ -36,8 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import runs
-
-# DEATH
+from common.returns import death_events  # noqa: F401  the rule by which pack_episodes.py finds deaths
 from common.video import VideoWriter, resize
 
 

@@ -37,8 +37,8 @@ def make_envs(env_id: str, num_envs: int, max_steps: int) -> gym.vector.AsyncVec
 
 
 def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str) -> tuple[list[dict], float]:
-    """One game per seed, side by side. `player`: `reset(seeds)`, `act(screens)` and `took(actions)` as of Crowd. Returns
-    `seed`, `score` and `steps` of each game, and on how many screens the player decided per second."""
+    """One game per seed, side by side. `player`: `reset(seeds)`, `act(screens)` and `took(actions)` as of Crowd.
+    Returns `seed`, `score` and `steps` of each game, and on how many screens the player decided per second."""
     results, spent, decided, E = [], 0.0, 0, envs.num_envs
     progress = tqdm(total=len(seeds), desc=desc, unit="game", leave=False)
     for first in range(0, len(seeds), E):
