@@ -745,23 +745,23 @@ def amp_config(device: str | torch.device, bf16_supported: bool) -> tuple[torch.
     return (torch.bfloat16, False) if bf16_supported else (torch.float16, True)
 
 
-def parameter_groups(old: list[nn.Module], new: list, lr: float, scale: float, decay: float) -> list[dict]:
-    """AdamW groups: what was trained before at `scale` times the rate, no decay on norms, biases and embeddings. `new`:
-    modules and parameters; these do not count as old. Frozen parameters are in none."""
-    fresh = {id(p) for item in new for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())}
-    plain, groups = set(), {}
-    for module in (m for item in [*old, *new] if isinstance(item, nn.Module) for m in item.modules()):
-        matrix = isinstance(module, nn.Linear)
-        plain |= {id(p) for name, p in module.named_parameters(recurse=False) if not (matrix and name == "weight")}
-    seen = set()
-    parameters = [p for item in [*old, *new] for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
-    for p in parameters:
-        if p.requires_grad and id(p) not in seen:
-            seen.add(id(p))
-            rate, wd = lr * (1.0 if id(p) in fresh else scale), 0.0 if id(p) in plain or p.dim() < 2 else decay
-            group = groups.setdefault((rate, wd), {"params": [], "lr": rate, "base_lr": rate, "weight_decay": wd})
-            group["params"].append(p)
-    return list(groups.values())
+def parameters_of(items: list) -> list[nn.Parameter]:
+    """Of modules and parameters, each once."""
+    lists = ([item] if isinstance(item, nn.Parameter) else list(item.parameters()) for item in items)
+    return list(dict.fromkeys(p for parameters in lists for p in parameters))
+
+
+def parameter_groups(old: list, new: list, lr: float, scale: float, decay: float) -> list[dict]:
+    """AdamW groups of modules and parameters: `new` ones learn at `lr`, others at `scale` times that; only weights of
+    linear layers decay. Frozen parameters are in none."""
+    modules = [module for item in [*old, *new] if isinstance(item, nn.Module) for module in item.modules()]
+    linear = {module.weight for module in modules if isinstance(module, nn.Linear)}
+    fresh, groups = set(parameters_of(new)), {}
+    for p in parameters_of([*old, *new]):
+        if p.requires_grad:
+            key = (lr if p in fresh else lr * scale, decay if p in linear else 0.0)
+            groups.setdefault(key, []).append(p)
+    return [{"params": ps, "lr": rate, "base_lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 
 # reading, imagining, playing ------------------------------------------------------------------------------------------

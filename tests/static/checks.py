@@ -25,9 +25,9 @@ LATE_IMPORTS = {
     "mgba",
 }  # inside the function that needs them
 OTHER_TOOLS = "pip git make pytest ruff tensorboard apt-get ffmpeg xvfb-run pre-commit nvidia-smi supertux2".split()
-OUTPUT_FOLDERS = (  # made by us, or the game's: not in the tree
-    "runs dataset plays build .venv creatures levels expert_data recordings models videos packed Emerald-GBAdvance".split()
-)
+OUTPUT_FOLDERS = (
+    "runs dataset plays build .venv creatures levels expert_data recordings models videos packed Emerald-GBAdvance"
+).split()  # made by us, or the game's: not in the tree
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
     "events.parquet episodes.parquet returns.parquet "
