@@ -1,4 +1,4 @@
-"""Discounted returns of an episode, in time proportional to its frames."""
+"""Discounted returns of an episode, in time proportional to its frames; deaths from a health bar that disappears."""
 
 import numpy as np
 from scipy.signal import lfilter
@@ -32,3 +32,21 @@ def gamma_from_half_life(half_life: float, fps: float | None = None) -> float:
     if not frames > 0:
         raise ValueError(f"the half-life is {frames} frames, expected more than 0")
     return 0.5 ** (1 / frames)
+
+
+def death_events(present: np.ndarray, k: int = 3, m: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Deaths in a run of consecutive frames, each once: the first frame of `m` or more without the health bar, after
+    `k` or more with it. A bar that is hidden for a few frames is no death, nor is one that was never there.
+
+    `present` (T,) bool -> indices of deaths, and of frames of which nobody knows, both int64: the bar went, and the run
+    ends before `m` frames are over. Call it once per run, never across a gap.
+    """
+    present = np.asarray(present)
+    if present.ndim != 1 or present.dtype != bool or k < 1 or m < 1:
+        raise ValueError(f"present is {present.dtype} of shape {present.shape}, expected bool (T,); k {k}, m {m}: 1 up")
+    edges = np.flatnonzero(np.diff(np.r_[~present[:1], present, ~present[-1:]].astype(np.int8)))  # of equal stretches
+    lengths = np.diff(edges)
+    after = np.arange(1, len(lengths))  # stretches with one before them
+    gone = after[~present[edges[after]] & (lengths[after - 1] >= k)]
+    deaths, last = gone[lengths[gone] >= m], len(lengths) - 1
+    return edges[deaths], edges[gone[(lengths[gone] < m) & (gone == last)]]

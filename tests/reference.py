@@ -74,3 +74,54 @@ def naive_event_f1(predicted: np.ndarray, true: np.ndarray, change: int, toleran
         hits += int((maximum_bipartite_matching(csr_array(near), perm_type="column") >= 0).sum()) if near.any() else 0
         total += len(mine) + len(theirs)
     return 2 * hits / max(total, 1)
+
+
+def action_baselines(train, held, n_movement: int) -> dict[str, float]:
+    """Pair by pair, what agent_finetune.py counts."""
+
+    def pairs(rows):
+        for first, stop in rows.runs:
+            for t in range(first + 1, stop):
+                if rows.act_valid[t - 1] and rows.act_valid[t]:
+                    one = [(int(rows.movement[i]), *(int(k) for k in rows.keys[i])) for i in (t - 1, t)]
+                    yield one[0], one[1]
+
+    seen, asked = list(pairs(train)), list(pairs(held))
+    marginal = markov = 0.0
+    for column, n in [(0, n_movement)] + [(1 + i, 2) for i in range(train.keys.shape[1])]:
+        counts = np.ones((n, n))
+        for last, now in seen:
+            counts[last[column], now[column]] += 1
+        for last, now in asked:
+            marginal -= np.log(counts[:, now[column]].sum() / counts.sum()) / len(asked)
+            markov -= np.log(counts[last[column], now[column]] / counts[last[column]].sum()) / len(asked)
+    hits, changes = 0, 0
+    for last, now in asked:
+        if last == now:
+            continue
+        follows = [b for one, b in seen if one == last and b != last] or [b for _, b in seen if b != last]
+        ranked = sorted(set(follows), key=lambda action: (-follows.count(action), action[1:], action[0]))
+        hits, changes = hits + (ranked[0] == now), changes + 1
+    return {
+        "eval/policy_nll_marginal": marginal,
+        "eval/policy_nll_markov": markov,
+        "eval/action_accuracy_repeat_last": 1 - changes / len(asked),
+        "eval/change_accuracy_markov": hits / changes,
+    }
+
+
+def death_events(present: list[bool], k: int = 3, m: int = 20) -> tuple[list[int], list[int]]:
+    """Frame by frame: alive -> dead where k frames with the bar are followed by m without, dead -> alive after k frames
+    with it. Second: frames where the bar went and the m frames are not over."""
+    deaths, unknown, alive = [], [], True
+    for t in range(len(present)):
+        before, after = present[max(0, t - k) : t], present[t : t + m]
+        if not alive and t >= k and all(before):
+            alive = True
+        if alive and t >= k and all(before) and not any(after):
+            if len(after) == m:
+                deaths.append(t)
+                alive = False
+            else:
+                unknown.append(t)
+    return deaths, unknown

@@ -1,0 +1,167 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import agent_finetune as a
+from tests.packed import play, write_packed
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "tokenizer": {"size": 64, "patch": 16, "dim": 32, "layers": 2, "heads": 2, "n_latents": 4, "latent_dim": 8},
+    "tokenizer_time": {"time_every": 2, "clip": 2},
+    "pack": 2,
+    "dynamics": {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "registers": 1},
+    "dynamics_time": {"time_every": 2, "k_max": 4, "context": 6},
+    "lengths": (4, 10),
+    "batches": {"tokenizer": 4, "dynamics": 4, "agent": 4},
+    "steps": {"tokenizer": 30, "dynamics": 30, "agent": 30},
+}
+QUICK = {"warmup_steps": 3, "log_every": 1, "save_every": 7, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(a.PRESETS, "cpu", TINY)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    return write_packed(tmp_path_factory.mktemp("data") / "packed", episodes=2, length=60)
+
+
+@pytest.fixture(scope="module")
+def run(packed, tmp_path_factory) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(a.PRESETS, "cpu", TINY)
+        return a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path_factory.mktemp("runs")), **QUICK))
+
+
+def curve(run_dir: str | Path, name: str) -> list[float]:
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in sorted(events.Scalars(name), key=lambda event: event.step)]
+
+
+def test_three_phases_leave_an_agent(run, packed):
+    run_dir = Path(run["run_dir"])
+    for name in ("recon", "flow", "policy", "reward"):
+        losses = curve(run_dir, f"train/{name}_loss")
+        assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5]), name
+    assert run["eval/psnr"] > run["eval/psnr_mean_frame"] - 1 and 0 <= run["eval/action_accuracy"] <= 1
+    evaluation = json.loads((run_dir / "eval.json").read_text())
+    assert evaluation["heldout"] == ["heldout_0001"] and len(evaluation["open_loop"]["psnr_ceiling"]) == len(a.HORIZONS)
+    for name in ("open_loop.png", "open_loop.mp4", "agent_finetune.py", "args.json", "provenance.json", "split.json"):
+        assert (run_dir / name).stat().st_size > 0
+    weights = load_file(run_dir / "model.safetensors")
+    sizes = json.loads((run_dir / "config.json").read_text())["sizes"]
+    dynamics = a.Dynamics(**sizes["dynamics"])
+    dynamics.load_state_dict({k.removeprefix("dynamics."): v for k, v in weights.items() if k.startswith("dynamics.")})
+
+
+def test_an_agent_is_evaluated_again_alike(run, packed, tmp_path):
+    agent = f"{run['run_dir']}/agent.pt"
+    again = a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path), phase="eval", agent_checkpoint=agent, **QUICK))
+    for name, metric in run.items():
+        if name.startswith("eval/"):
+            assert again[name] == pytest.approx(metric, nan_ok=True), name
+    assert not (Path(again["run_dir"]) / "last.pt").exists()
+
+
+def test_a_phase_from_checkpoints_equals_the_same_phase_after_the_others(run, packed, tmp_path):
+    settings = {"tokenizer_checkpoint": f"{run['run_dir']}/tokenizer.pt", "phase": "agent"}
+    settings |= {"dynamics_checkpoint": f"{run['run_dir']}/dynamics.pt", "run_root": str(tmp_path)}
+    alone = a.main(a.Args(data_dir=str(packed), **settings, **QUICK))
+    assert curve(alone["run_dir"], "train/policy_loss") == curve(run["run_dir"], "train/policy_loss")
+
+
+@pytest.mark.parametrize("trunk", ["freeze", "finetune"])
+def test_a_frozen_trunk_stays_and_the_heads_learn(run, packed, tmp_path, trunk):
+    start = torch.load(f"{run['run_dir']}/dynamics.pt", weights_only=True)["models"]["dynamics"]
+    settings = {"dynamics_checkpoint": f"{run['run_dir']}/dynamics.pt", "phase": "agent", "agent_steps": 20}
+    done = a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path), trunk=trunk, **settings, **QUICK))
+    end = torch.load(f"{done['run_dir']}/agent.pt", weights_only=True)["models"]
+    same = [torch.equal(start[name], end["dynamics"][name]) for name in start if name not in ("agent", "task.weight")]
+    assert all(same) if trunk == "freeze" else not any(same[1:])
+    assert not torch.equal(start["agent"], end["dynamics"]["agent"]) and end["heads"]["policy.out.weight"].any()
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import agent_finetune as a
+from tests.smoke.test_agent_finetune import QUICK, TINY
+a.PRESETS["cpu"] = TINY
+drawn, draw = [], a.WindowSampler.draw
+def count(self, n):
+    drawn.append(1)
+    if len(drawn) == {kill_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(self, n)
+a.WindowSampler.draw = count
+a.main(a.Args(data_dir={data!r}, run_root={runs!r}, resume={resume!r}, **QUICK))
+"""
+
+
+@pytest.mark.parametrize("kill_at", [12, 41, 85])  # in the tokenizer, the dynamics, the agent
+def test_kill_9_and_resume_give_the_curve_of_a_run_that_was_not_killed(run, packed, tmp_path, kill_at):
+    def child(kill_at: int, resume: str | None) -> int:
+        code = CHILD.format(root=str(ROOT), data=str(packed), runs=str(tmp_path), kill_at=kill_at, resume=resume)
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1"}
+        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False).returncode
+
+    assert child(kill_at, None) == -9
+    (run_dir,) = tmp_path.iterdir()
+    assert child(-1, str(run_dir)) == 0
+    for name in ("recon", "flow", "bootstrap", "policy", "reward"):
+        assert curve(run_dir, f"train/{name}_loss") == curve(run["run_dir"], f"train/{name}_loss")
+    metrics = json.loads((run_dir / "eval.json").read_text())["metrics"]
+    assert metrics == pytest.approx({name: metric for name, metric in run.items() if "/" in name}, nan_ok=True)
+
+
+def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
+    def fails(words: str, **changes):
+        settings = {"data_dir": str(packed), "run_root": str(tmp_path / "runs"), **QUICK} | changes
+        with pytest.raises(SystemExit, match=words):
+            a.main(a.Args(**settings))
+        assert not (tmp_path / "runs").exists()
+
+    fails("nothing/meta.json is missing.*pack_episodes.py", data_dir=str(tmp_path / "nothing"))
+    fails("all episodes match --heldout", heldout="*")
+    fails("--mask-ratio 2.0: expected 0 to 1", mask_ratio=2.0)
+    fails("--phase eval trains nothing.*--agent-checkpoint", phase="eval")
+    fails("dynamics.pt is missing", dynamics_checkpoint=str(tmp_path / "dynamics.pt"))
+    fails("tokenizer.pt holds no dynamics", dynamics_checkpoint=f"{run['run_dir']}/tokenizer.pt")
+    other = write_packed(tmp_path / "other", episodes=1, length=40, keys=["A"])
+    dynamics = f"{run['run_dir']}/dynamics.pt"
+    fails("was trained on the actions.*'B'.*has.*'A'", data_dir=str(other), dynamics_checkpoint=dynamics)
+    other = write_packed(tmp_path / "small", episodes=1, length=40, frame_shape=[32, 32, 3])
+    for path in other.glob("*.npz"):
+        np.savez_compressed(path, **play(40, 0, size=32))
+    fails(r"frames of \[32, 32, 3\], --preset cpu takes 64 x 64.*--frame-size 64", data_dir=str(other))
+    state = torch.load(f"{run['run_dir']}/tokenizer.pt", weights_only=True)
+    state["fingerprints"]["tokenizer"] = "another"
+    torch.save(state, tmp_path / "tokenizer.pt")
+    fails("another tokenizer", tokenizer_checkpoint=str(tmp_path / "tokenizer.pt"), dynamics_checkpoint=dynamics)
+
+
+def test_latents_of_another_tokenizer_train_an_agent(tmp_path):
+    folder = write_packed(tmp_path / "packed", episodes=2, length=40)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["frame_shape"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"z_shape": [6, 5]}))
+    for path in folder.glob("*.npz"):
+        part = dict(np.load(path))
+        part["z"] = np.random.default_rng(0).standard_normal((len(part.pop("frames")), 6, 5)).astype(np.float16)
+        np.savez_compressed(path, **part)
+    done = a.main(
+        a.Args(data_dir=str(folder), run_root=str(tmp_path / "runs"), dynamics_steps=4, agent_steps=4, **QUICK)
+    )
+    assert "eval/latent_mse" in done and "eval/psnr" not in done
+    assert not (Path(done["run_dir"]) / "tokenizer.pt").exists()

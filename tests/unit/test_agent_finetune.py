@@ -1,0 +1,589 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import agent_finetune as a
+from tests import reference
+from tests.packed import play, write_packed
+
+DYNAMICS = {"n_tokens": 3, "token_dim": 4, "bounded": True, "n_movement": 5, "n_keys": 2, "dim": 16, "layers": 4}
+DYNAMICS |= {"heads": 4, "kv_heads": 2, "registers": 2, "time_every": 2, "k_max": 8, "context": 4}
+
+
+@pytest.fixture
+def dynamics() -> a.Dynamics:
+    torch.manual_seed(0)
+    return a.Dynamics(**DYNAMICS)
+
+
+def inputs(B: int = 2, T: int = 7, k_max: int = 8) -> dict:
+    torch.manual_seed(1)
+    actions = {
+        "movement": torch.randint(0, 5, (B, T)),
+        "keys": torch.randint(0, 2, (B, T, 2)).float(),
+        "act_valid": torch.rand(B, T) < 0.8,
+    }
+    signal = torch.randint(0, k_max, (B, T))
+    return {"z": torch.randn(B, T, 3, 4), "signal": signal, "step": torch.zeros_like(signal), "actions": actions}
+
+
+def random_heads(dim: int = 16, ahead: int = 8) -> a.Heads:
+    return a.Heads(dim=dim, ahead=ahead, n_movement=5, n_keys=2, reward_limit=5.0, value_limit=9.0)
+
+
+# two-hot --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("limit", "x", "low", "weights"),
+    [
+        (5, 0.0, 127, (1, 0)),
+        (5, 0.14, 130, (0.676212, 0.323788)),
+        (5, 4.0, 167, (0.122370, 0.877630)),
+        (5, -10.0, 66, (0.904863, 0.095137)),
+        (20, 0.14, 127, (0.179163, 0.820837)),
+        (20, 4.0, 137, (0.793375, 0.206625)),
+        (20, -10.0, 111, (0.213037, 0.786963)),
+        (20, 1000.0, 170, (0.138449, 0.861551)),
+    ],
+)
+def test_twohot_gives_the_weights_of_the_fact_sheet(limit, x, low, weights):
+    encoded = a.twohot_encode(torch.tensor(x, dtype=torch.float64), a.symexp_bins(255, limit))
+    assert encoded[low : low + 2].tolist() == pytest.approx(weights, abs=1e-6)
+    assert encoded.sum() == pytest.approx(1) and (encoded > 0).sum() == sum(w > 0 for w in weights)
+
+
+def test_bins_are_symmetric_and_what_lies_outside_is_clamped():
+    bins = a.symexp_bins(255, 5.0)
+    assert bins[127] == 0 and torch.equal(bins, -bins.flip(0)) and float(bins[-1]) == pytest.approx(147.413159)
+    assert a.twohot_encode(torch.tensor(1000.0), bins).argmax() == 254
+    x = torch.tensor([-147.0, -10, -0.3, 0, 1e-3, 4, 147.4131], dtype=torch.float64)
+    assert a.twohot_decode(a.twohot_encode(x, bins).log(), bins).tolist() == pytest.approx(x.tolist(), abs=1e-9)
+    for limit, reached in ((5.0, (66, 168, 103)), (20.0, (111, 138, 28))):
+        hit = a.twohot_encode(torch.linspace(-10, 4, 5000, dtype=torch.float64), a.symexp_bins(255, limit)).sum(0) > 0
+        where = hit.nonzero()[:, 0]
+        assert (int(where[0]), int(where[-1]), int(hit.sum())) == reached
+
+
+def test_a_mean_is_decoded_of_values_not_of_their_logarithms():
+    bins = a.symexp_bins(255, 5.0)
+    mix = 0.5 * a.twohot_encode(torch.tensor(0.0), bins) + 0.5 * a.twohot_encode(torch.tensor(4.0), bins)
+    assert float(a.twohot_decode(mix.log(), bins)) == pytest.approx(2.0)
+    for limit in (5.0, 20.0):
+        assert float(a.twohot_decode(torch.zeros(255), a.symexp_bins(255, limit).float())) == 0.0
+
+
+def test_twohot_loss_with_impossible_and_with_far_apart_logits():
+    bins = a.symexp_bins(3, 1.0)
+    logits = torch.tensor([0.0, -torch.inf, 1.0], requires_grad=True)
+    weights = torch.tensor([0.3, 0.0, 0.7])
+    dense = weights * F.log_softmax(logits.detach(), -1)
+    assert float(-dense.nansum()) == pytest.approx(0.6133, abs=1e-4)
+    assert torch.isnan(dense.sum())  # what gathering avoids
+    loss = a.twohot_loss(logits, bins[2], bins)  # the bin below is the impossible one
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.3133, abs=1e-4) and torch.isfinite(logits.grad).all()
+    far = a.twohot_loss(torch.tensor([0.0, 0.0, 1e4]), bins[0], bins)
+    assert float(far) == pytest.approx(1e4)
+
+
+def test_twohot_loss_is_the_cross_entropy_with_the_twohot():
+    torch.manual_seed(0)
+    bins, logits, x = a.symexp_bins(255, 5.0).float(), torch.randn(6, 255), torch.randn(6) * 5
+    dense = -(a.twohot_encode(x, bins) * logits.log_softmax(-1)).sum(-1).mean()
+    assert float(a.twohot_loss(logits, x, bins)) == pytest.approx(float(dense), abs=1e-5)
+
+
+# which rows learn what ------------------------------------------------------------------------------------------------
+def test_pairs_of_predictions_and_targets():
+    everything = torch.ones(1, 32, dtype=torch.bool)
+    for first, most in ((1, 31), (0, 32)):  # policy, reward
+        row, counts = a.mtp_pairs(everything, everything, 8, first)
+        assert counts.sum((0, 1)).tolist() == list(range(most, most - 8, -1))
+        t, n = counts[0].nonzero().T
+        assert torch.equal(row[t, n], t + n + first)
+        _, counts = a.mtp_pairs(everything, torch.ones(1, 40, dtype=torch.bool), 8, first)
+        assert counts.all()  # label rows beyond the window train every distance everywhere
+    _, counts = a.mtp_pairs(everything[:, :4], everything[:, :4], 8, 1)
+    assert counts.sum((0, 1)).tolist() == [3, 2, 1, 0, 0, 0, 0, 0]
+    predict, target = everything.clone(), everything.clone()
+    predict[0, 5], target[0, 9] = False, False  # padding; a row without a label
+    _, counts = a.mtp_pairs(predict, target, 8, 1)
+    assert not counts[0, 5].any() and not counts[0, 8, 0] and not counts[0, 6, 2] and counts[0, 8, 1]
+
+
+def test_a_distance_without_a_pair_learns_nothing_and_the_others_are_summed():
+    heads, h = random_heads(), torch.randn(1, 4, 16)
+    batch = {
+        "movement": torch.zeros(1, 4, dtype=torch.long),
+        "keys": torch.zeros(1, 4, 2),
+        "reward": torch.arange(4.0)[None],
+        "cont": torch.ones(1, 4),
+        "act_valid": torch.ones(1, 4, dtype=torch.bool),
+        "rew_valid": torch.ones(1, 4, dtype=torch.bool),
+    }
+    rows = torch.ones(1, 4, dtype=torch.bool)
+    a.agent_losses(heads, h, batch, rows, rows)["policy"].backward()
+    gradient = heads.policy.out.weight.grad.reshape(8, 7, 256)
+    assert (gradient[:3].abs().sum((1, 2)) > 0).all() and not gradient[3:].any()
+    nll, counts = torch.rand(2, 5, 3), torch.zeros(2, 5, 3, dtype=torch.bool)
+    counts[0, 1, 1] = counts[1, 2, 1] = True
+    assert a.mtp_mean(nll, counts) == (nll[0, 1, 1] + nll[1, 2, 1]) / 2
+
+
+def test_zero_output_layers_begin_uniform_and_learn():
+    torch.manual_seed(0)
+    heads, h = random_heads(ahead=1), torch.randn(1, 6, 16, requires_grad=True)
+    bins, target = heads.reward_bins, torch.tensor([[0.0, 1, 0, -1, 0, 4]])
+    optimizer = torch.optim.SGD(heads.parameters(), lr=1.0)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        h.grad = None
+        loss = a.twohot_loss(heads.reward(h)[..., 0, :], target, bins)
+        loss.backward()
+        losses.append(
+            (float(loss.detach()), float(h.grad.abs().sum()), float(heads.reward.out.weight.grad.abs().sum()))
+        )
+        optimizer.step()
+    assert losses[0][0] == pytest.approx(math.log(255), abs=1e-4)
+    assert losses[0][1] == 0 and losses[0][2] > 0 and losses[1][1] > 0 and losses[1][0] < losses[0][0]
+    assert float(a.twohot_decode(torch.zeros(255), bins)) == 0.0
+
+
+def test_an_action_is_a_movement_and_independent_keys():
+    logits = torch.tensor([0.2, -0.1, 0.4, 1.0, -2.0])
+    p = torch.tensor([0.2, -0.1, 0.4]).softmax(-1)[2] * torch.tensor(1.0).sigmoid() * (1 - torch.tensor(-2.0).sigmoid())
+    assert float(a.action_nll(logits, torch.tensor(2), torch.tensor([1.0, 0.0]))) == pytest.approx(-math.log(p))
+    codes, log_p = a.joint_log_probs(logits[None], 3)
+    assert len(set(codes)) == 12 and float(log_p.exp().sum()) == pytest.approx(1)
+    code = a.action_code(np.array([2]), np.array([[1, 0]]))
+    assert float(log_p[0, list(codes).index(code[0])]) == pytest.approx(math.log(p))
+
+
+# normalisation, groups, precision -------------------------------------------------------------------------------------
+def test_running_rms_is_debiased_and_survives_what_is_not_finite():
+    rms = a.RunningRMS()
+    assert [float(rms(torch.tensor(x))) for x in (2.0, 4.0, 4.0, 1.0)] == pytest.approx(
+        [1, 1.263008, 1.152775, 0.329005], abs=2e-6
+    )
+    before = copy.deepcopy(rms.state_dict())
+    rms(torch.tensor(torch.nan))
+    assert rms.state_dict() == before
+    rms.eval()(torch.tensor(100.0))
+    assert rms.state_dict() == before
+
+
+def test_running_rms_goes_on_where_it_stood_and_cancels_a_constant_factor():
+    torch.manual_seed(0)
+    losses, one, eight = torch.rand(60), a.RunningRMS(), a.RunningRMS()
+    for i, loss in enumerate(losses):
+        if i == 50:
+            again = a.RunningRMS()
+            again.load_state_dict(one.state_dict())
+        x = one(loss)
+        assert float(eight(8 * loss)) == pytest.approx(float(x), rel=1e-5)
+    for loss in losses[50:]:
+        y = again(loss)
+    assert x == y
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        ("cpu", True, (None, False)),
+        ("mps", True, (None, False)),
+        ("cuda", True, (torch.bfloat16, False)),
+        ("cuda:1", True, (torch.bfloat16, False)),
+        ("cuda", False, (torch.float16, True)),
+    ],
+)
+def test_amp_config(device, bf16, expected):
+    assert a.amp_config(device, bf16) == expected
+
+
+def test_parameter_groups_hold_every_parameter_once(dynamics):
+    heads = random_heads()
+    new = [heads.reward, heads.policy, heads.cont, *dynamics.agent_parameters()]
+    groups = a.parameter_groups([dynamics], new, 1e-3, 0.1, 0.01)
+    held = [id(p) for group in groups for p in group["params"]]
+    wanted = [p for module in (dynamics, heads.reward, heads.policy, heads.cont) for p in module.parameters()]
+    assert sorted(held) == sorted(map(id, wanted))
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert of[id(dynamics.z_in.weight)]["lr"] == pytest.approx(1e-4) and of[id(dynamics.agent)]["lr"] == 1e-3
+    assert of[id(dynamics.z_in.weight)]["weight_decay"] == 0.01
+    for plain in (dynamics.z_in.bias, dynamics.slots, dynamics.movement.weight, dynamics.trunk.norm.weight):
+        assert of[id(plain)]["weight_decay"] == 0
+    dynamics.requires_grad_(False)
+    frozen = {id(p) for group in a.parameter_groups([dynamics], new[:3], 1e-3, 0.1, 0.01) for p in group["params"]}
+    assert not frozen & {id(p) for p in dynamics.parameters()}
+
+
+# the network ----------------------------------------------------------------------------------------------------------
+def test_nothing_sees_the_future_and_nobody_sees_the_agent(dynamics):
+    x = inputs()
+    z, h, _ = dynamics(**x)
+    changed = dict(x, z=x["z"].clone())
+    changed["z"][:, 5] += 1
+    z2, h2, _ = dynamics(**changed)
+    assert torch.equal(h[:, :5], h2[:, :5]) and torch.equal(z[:, :5], z2[:, :5])
+    assert (h[:, 5:] != h2[:, 5:]).any(-1).all() and (z[:, 6] != z2[:, 6]).any()
+    nn.init.normal_(dynamics.agent), nn.init.normal_(dynamics.task.weight)
+    z3, h3, _ = dynamics(**x)
+    assert torch.equal(z, z3) and (h != h3).all(-1).any()
+    z3.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in dynamics.agent_parameters())
+
+
+def test_an_action_moves_its_own_frame_and_later_ones(dynamics):
+    x = inputs()
+    z, h, _ = dynamics(**x)
+    x["actions"]["act_valid"][:] = True
+    z, h, _ = dynamics(**x)
+    x["actions"]["movement"][:, 3] = (x["actions"]["movement"][:, 3] + 1) % 5
+    z2, h2, _ = dynamics(**x)
+    assert torch.equal(z[:, :3], z2[:, :3]) and torch.equal(h[:, :3], h2[:, :3])
+    assert (z[:, 3] != z2[:, 3]).any() and (h[:, 3] != h2[:, 3]).any()
+    x["actions"]["act_valid"][:] = False  # an action that is not known does not matter
+    unknown = dynamics(**x)[0]
+    x["actions"]["keys"] = 1 - x["actions"]["keys"]
+    assert torch.equal(unknown, dynamics(**x)[0])
+
+
+def test_independent_frames_see_themselves_only(dynamics):
+    x = inputs(B=3)
+    x["z"].requires_grad_(True)
+    flagged = torch.tensor([False, True, False])
+    z, h, _ = dynamics(**x, independent=flagged)
+    plain_z, plain_h, _ = dynamics(**x)
+    assert torch.allclose(z[[0, 2]], plain_z[[0, 2]], atol=1e-6) and torch.allclose(
+        h[[0, 2]], plain_h[[0, 2]], atol=1e-6
+    )
+    for out in (z, h):
+        (gradient,) = torch.autograd.grad(out[1, 4].sum(), x["z"], retain_graph=True)
+        assert gradient[1, 4].any() and not gradient[1, [0, 1, 2, 3, 5, 6]].any()
+
+
+@pytest.mark.parametrize("parts", [[1] * 11, [4, 7], [3, 1, 1, 6]])
+def test_a_cache_gives_what_the_whole_window_gives(dynamics, parts):
+    x = inputs(T=11)  # beyond the context of 4, as deep as two layers see
+    z, h, _ = dynamics(**x)
+    cache, first, out = {}, 0, []
+    for length in parts:
+        part = slice(first, first + length)
+        actions = {name: action[:, part] for name, action in x["actions"].items()}
+        *read, cache = dynamics(x["z"][:, part], x["signal"][:, part], x["step"][:, part], actions, cache=cache)
+        out.append(read)
+        first += length
+    assert torch.allclose(torch.cat([o[0] for o in out], 1), z, atol=1e-5)
+    assert torch.allclose(torch.cat([o[1] for o in out], 1), h, atol=1e-5)
+    assert all(seen is None or seen[0].shape[2] == 3 for seen in cache["past"])
+
+
+def test_activations_are_really_computed_again(dynamics):
+    counted = []
+    for block in dynamics.trunk.blocks:
+        block.register_forward_pre_hook(lambda *_: counted.append(1))
+    x = inputs()
+    losses, gradients = [], []
+    for again in (False, True):
+        dynamics.trunk.recompute = again
+        dynamics.zero_grad()
+        loss = dynamics(**x)[0].square().mean()
+        forwards = len(counted)
+        loss.backward()
+        losses.append(float(loss.detach())), gradients.append(dynamics.z_in.weight.grad.clone())
+    assert forwards == 8 and len(counted) == 12  # 4, then 4 and again 4 in the backward pass
+    assert losses[0] == losses[1] and torch.allclose(*gradients, atol=1e-7)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_tokenizer_sees_no_later_frame_and_its_cache_agrees(grid):
+    torch.manual_seed(0)
+    sizes = {"size": 16, "patch": 4, "dim": 16, "layers": 2, "heads": 2, "n_latents": 4, "latent_dim": 3}
+    tokenizer = a.Tokenizer(**sizes, time_every=2, clip=2, grid=grid)
+    nn.init.normal_(tokenizer.to_pixels.weight)
+    frames = torch.rand(1, 5, 3, 16, 16)
+    z, _ = tokenizer.encode(frames)
+    made, _ = tokenizer.decode(z)
+    assert z.shape == (1, 5, 4, 3) and z.abs().max() <= 1 and made.shape == frames.shape
+    later = frames.clone()
+    later[:, 3] = 0
+    z2, _ = tokenizer.encode(later)
+    assert torch.equal(z[:, :3], z2[:, :3]) and not torch.equal(z[:, 3], z2[:, 3])
+    seen, shown, parts = {}, {}, []
+    for t in range(5):
+        one, seen = tokenizer.encode(frames[:, t : t + 1], cache=seen)
+        picture, shown = tokenizer.decode(one, cache=shown)
+        parts.append((one, picture))
+    assert torch.allclose(torch.cat([p[0] for p in parts], 1), z, atol=1e-5)
+    assert torch.allclose(torch.cat([p[1] for p in parts], 1), made, atol=1e-5)
+
+
+def test_patches_are_put_back_where_they_were_cut():
+    tokenizer = a.Tokenizer(16, 4, 16, 1, 2, 4, 3, 0, 2, grid=True)
+    frames = torch.rand(1, 2, 3, 16, 16)
+    patches = tokenizer.patches(frames)
+    assert torch.equal(patches[0, 1, 5], frames[0, 1, :, 4:8, 4:8].flatten())
+
+
+# shortcut forcing -----------------------------------------------------------------------------------------------------
+def test_levels_lie_on_the_grid_that_sampling_walks_along():
+    torch.manual_seed(0)
+    signal, step = a.draw_levels(torch.arange(4000) >= 1000, 3, 8)
+    assert not step[:1000].any() and set(step[1000:].unique().tolist()) == {1, 2, 3}
+    assert (signal % (1 << step) == 0).all() and (signal + (1 << step) <= 8).all()
+    assert set(signal[:1000].unique().tolist()) == set(range(8))
+
+
+def test_an_oracle_loses_nothing_and_is_sampled_exactly():
+    torch.manual_seed(0)
+    z, noise = torch.randn(64, 3, 2, 4, dtype=torch.float64), torch.randn(64, 3, 2, 4, dtype=torch.float64)
+    for rows in (torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.bool)):
+        signal, step = a.draw_levels(rows, 3, 8)
+        z_noisy = a.noisy(z, noise, signal, 8)
+        target = a.bootstrap_target(lambda *_: z, z_noisy, signal, step, 8) if rows.any() else z
+        everything = torch.ones(64, 3, dtype=torch.bool)
+        losses = a.shortcut_losses(z, z, target, signal, step, everything, 8)
+        assert float(losses["flow"]) < 1e-12 and float(losses["bootstrap"]) < 1e-12
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 4, 8])
+def test_sampling_from_an_oracle_returns_the_frame(n_steps):
+    z = torch.rand(2, 1, 3, 4) * 2 - 1
+    asked = []
+
+    class Oracle:
+        k_max, bounded = 8, True
+
+        def __call__(self, noisy, signal, step, actions, cache):
+            asked.append((int(signal[0, 0]), int(step[0, 0])))
+            return z, None, None
+
+    made = a.predict_frame(Oracle(), {"movement": torch.zeros(2, 1)}, {}, n_steps, z.shape)
+    assert torch.allclose(made, z, atol=1e-6)
+    assert asked == [(i * 8 // n_steps, (8 // n_steps).bit_length() - 1) for i in range(n_steps)]
+
+
+def test_bootstrap_target_is_the_division_of_equation_7_without_its_division():
+    torch.manual_seed(0)
+    f = lambda z, signal, step: torch.tanh(z * (1 + signal[..., None, None]) + step[..., None, None])  # noqa: E731
+    z, z_hat = torch.randn(9, 2, 2, 3, dtype=torch.float64), torch.randn(9, 2, 2, 3, dtype=torch.float64)
+    signal, step = a.draw_levels(torch.ones(9, dtype=torch.bool), 2, 8)
+    tau, d = (signal / 8)[..., None, None].double(), (2.0**step / 8)[..., None, None].double()
+    b1 = (f(z, signal, step - 1) - z) / (1 - tau)
+    b2 = (f(z + b1 * d / 2, signal + 2 ** (step - 1), step - 1) - (z + b1 * d / 2)) / (1 - tau - d / 2)
+    paper = (1 - tau) ** 2 * ((z_hat - z) / (1 - tau) - (b1 + b2) / 2) ** 2
+    ours = (z_hat - a.bootstrap_target(f, z, signal, step, 8)) ** 2
+    assert torch.allclose(paper, ours, atol=1e-6)
+
+
+def world_batch(B: int = 8, T: int = 6) -> dict:
+    x = inputs(B, T)
+    more = {name: torch.cat([action, action], 1) for name, action in x["actions"].items()}
+    known = torch.ones(B, 2 * T, dtype=torch.bool)
+    reward = torch.randn(B, 2 * T)
+    return more | {"z": x["z"], "reward": reward, "cont": torch.ones(B, 2 * T), "rew_valid": known, "inside": known}
+
+
+def test_the_dynamics_learn_from_uniform_windows_the_policy_from_the_others(dynamics):
+    heads, batch = random_heads(), world_batch()
+    nn.init.normal_(heads.policy.out.weight)
+    uniform = torch.arange(8) < 4
+    args = a.Args(independent_frame_ratio=0.0)
+
+    def gradients(name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        z = batch["z"].clone().requires_grad_(True)
+        terms = a.world_terms(dynamics, heads, batch | {"z": z}, uniform, True, args)
+        return torch.autograd.grad(terms[name], z)[0].abs().sum((1, 2, 3))
+
+    assert (gradients("flow")[:4] > 0).any() and not gradients("flow")[4:].any()
+    assert not gradients("policy")[:4].any() and (gradients("policy")[4:] > 0).all()
+    torch.manual_seed(0)
+    terms = a.world_terms(dynamics, heads, batch, uniform, True, args)
+    sum(terms.values()).backward()
+    assert dynamics.z_in.weight.grad.abs().sum() > 0 and dynamics.agent.grad.abs().sum() > 0
+    dynamics.zero_grad()
+    torch.manual_seed(0)
+    a.world_terms(dynamics, None, batch, uniform, True, args)["flow"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in dynamics.agent_parameters())
+
+
+def test_independent_windows_are_drawn_one_by_one_and_train_no_head(dynamics, monkeypatch):
+    drawn = []
+
+    class Counted(a.Dynamics):
+        def forward(self, z, signal, step, actions, independent=None, cache=None):
+            drawn.append(independent)
+            return z, torch.zeros(*z.shape[:2], 16), None
+
+    torch.manual_seed(0)
+    batch = {name: x.repeat(512, *[1] * (x.dim() - 1)) for name, x in world_batch().items()}
+    uniform = torch.ones(4096, dtype=torch.bool)
+    a.world_terms(Counted(**DYNAMICS), None, batch, uniform, False, a.Args())
+    assert float(drawn[0].float().mean()) == pytest.approx(0.3, abs=0.03)
+    heads, batch = random_heads(), world_batch()
+    for ratio, learns in ((0.0, True), (1.0, False)):
+        terms = a.world_terms(dynamics, heads, batch, uniform[:8], True, a.Args(independent_frame_ratio=ratio))
+        assert bool(terms["policy"] > 0) == learns and terms["flow"] > 0
+
+
+# returns and policy loss ----------------------------------------------------------------------------------------------
+def test_lambda_returns():
+    rewards, values = torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 30, 40])
+    assert a.lambda_returns(rewards, values, torch.ones(3), 0.5, 0.5).tolist() == [9.8125, 15.25, 23, 40]
+    assert a.lambda_returns(rewards, values, torch.tensor([1.0, 0, 1]), 0.5, 0.5).tolist() == [6.5, 2, 23, 40]
+    late = torch.tensor([0.0] * 7 + [1.0])
+    first = a.lambda_returns(late, torch.zeros(9), torch.ones(8), 0.997, 0.95)[0]
+    assert float(first) == pytest.approx((0.997 * 0.95) ** 7, abs=1e-6)
+    both = a.lambda_returns(rewards.repeat(2, 1), values.repeat(2, 1), torch.ones(2, 3), 0.5, 0.5)
+    assert both.shape == (2, 4)
+
+
+def test_pmpo_looks_at_signs_only():
+    log_p, advantage = torch.tensor([-1.0, -2, -3, -4]), torch.tensor([1.0, -1, 0, -5])
+    assert float(a.pmpo_loss(log_p, advantage)) == -0.5
+    assert float(a.pmpo_loss(log_p, 1000 * advantage)) == -0.5
+    assert float(a.pmpo_loss(log_p, torch.ones(4))) == 0.5 * 2.5  # an empty set adds nothing
+
+
+# windows and sampling -------------------------------------------------------------------------------------------------
+def some_rows(runs: list[tuple[int, int]], rewards: list[int]) -> a.Rows:
+    R = runs[-1][1]
+    known, reward = torch.ones(R, dtype=torch.bool), torch.zeros(R)
+    reward[rewards] = 1
+    rows = {"frames": None, "z": torch.arange(R).half()[:, None, None], "movement": torch.zeros(R, dtype=torch.long)}
+    rows |= {"keys": torch.zeros(R, 1), "reward": reward, "cont": known.float(), "act_valid": known, "rew_valid": known}
+    return a.Rows(**rows, runs=np.array(runs))
+
+
+def test_windows_lie_inside_runs_cover_them_and_know_their_rewards():
+    rows = some_rows([(0, 10), (10, 13), (13, 40), (40, 41)], [12, 30])
+    windows, relevant = a.choose_windows(rows, 8)
+    assert windows[:3].tolist() == [[0, 10], [2, 10], [10, 13]]
+    covered = {t for first, stop in windows for t in range(first, min(first + 8, stop))}
+    assert covered == set(range(40))  # a run of one frame has nothing to predict
+    for (first, stop), hit in zip(windows, relevant, strict=True):
+        assert hit == any(first <= event < min(first + 8, stop) for event in (12, 30))
+
+
+def test_rows_beyond_a_run_do_not_count():
+    rows = some_rows([(0, 10), (10, 13), (13, 40)], [12])
+    windows = np.array([[2, 10], [10, 13], [30, 40]])
+    batch = a.gather(rows, windows, 8, 3, "cpu")
+    assert batch["z"][:, :, 0, 0].tolist() == [
+        [2, 3, 4, 5, 6, 7, 8, 9],
+        [10, 11, 12, 12, 12, 12, 12, 12],
+        [30, 31, 32, 33, 34, 35, 36, 37],
+    ]
+    assert batch["inside"].sum(1).tolist() == [8, 3, 10] and torch.equal(batch["rew_valid"], batch["inside"])
+    longer = a.gather(rows, windows, 12, 0, "cpu")["z"][:, 0, 0, 0]
+    assert longer.tolist() == [0, 10, 28]  # moved back as far as the run allows
+
+
+def test_every_window_once_a_pass_and_the_rest_relevant():
+    sampler = a.WindowSampler(30, np.array([3, 7]), seed=1)
+    uniform = []
+    for _ in range(6):
+        windows, from_all = sampler.draw(10)
+        assert from_all.sum() == 5 and set(windows[~from_all]) <= {3, 7}
+        uniform += list(windows[from_all])
+    assert sorted(uniform) == list(range(30))
+    again = a.WindowSampler(30, np.array([3, 7]), seed=1)
+    first = [again.draw(7)[0].tolist() for _ in range(4)]
+    saved = dict(again.state)
+    rest = [again.draw(7)[0].tolist() for _ in range(9)]
+    resumed = a.WindowSampler(30, np.array([3, 7]), seed=1)
+    resumed.state = saved
+    assert [resumed.draw(7)[0].tolist() for _ in range(9)] == rest and first[0] != rest[0]
+    alone, from_all = a.WindowSampler(30, np.zeros(0, int), seed=1).draw(10)
+    assert from_all.all() and len(set(alone)) == 10
+
+
+# data -----------------------------------------------------------------------------------------------------------------
+def test_packed_episodes_are_read_as_they_are(tmp_path):
+    folder = write_packed(tmp_path / "packed", episodes=2, length=30)
+    meta = a.load_meta(folder)
+    rows = a.load_rows(folder, ["episode_0001", "episode_0002"], meta)
+    part = play(30, 1)
+    assert rows.runs.tolist() == [[0, 30], [30, 60]] and (rows.frames[30:] == part["frames"]).all()
+    assert (
+        rows.movement[30:].tolist() == part["movement"].tolist()
+        and rows.reward[30:].tolist() == part["reward"].tolist()
+    )
+    departing = a.load_rows(folder, ["episode_0001"], meta | {"action_index": "departure"})
+    arriving = a.load_rows(folder, ["episode_0001"], meta)
+    assert departing.movement[1:].tolist() == arriving.movement[:-1].tolist()
+    assert not departing.act_valid[0] and departing.reward.tolist() == arriving.reward.tolist()
+
+
+def test_a_gap_or_an_end_begins_another_run(tmp_path):
+    folder = write_packed(tmp_path / "packed", episodes=1, length=30)
+    part = play(30, 0)
+    part["frame_index"][10:] += 5
+    part["cont"][19] = 0
+    np.savez_compressed(folder / "episode_0001.npz", **part)
+    assert a.load_rows(folder, ["episode_0001"], a.load_meta(folder)).runs.tolist() == [[0, 10], [10, 20], [20, 30]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reward": np.zeros(29, np.float32)}, "frames has 30 rows, {'reward': 29}: expected as many"),
+        ({"reward": np.r_[np.zeros(12), np.nan, np.zeros(17)].astype(np.float32)}, "the reward of row 12 is nan"),
+        (
+            {"frame_index": np.r_[np.arange(9), 8, np.arange(10, 30)].astype(np.int32)},
+            "not increase: 8, then 8, at row 8",
+        ),
+        ({"frames": np.zeros((30, 32, 32, 3), np.uint8)}, r"has the shape \(32, 32, 3\) in a row, meta.json says"),
+        ({"movement": np.full(30, 9, np.int16)}, "movement 9 to 9, keys .* 5 movements and 1 keys"),
+        ({"keys": np.zeros((30, 3), np.uint8)}, "keys .30, 3.*5 movements and 1 keys"),
+    ],
+)
+def test_a_wrong_episode_is_named(tmp_path, change, words):
+    folder = write_packed(tmp_path / "packed", episodes=1, length=30)
+    np.savez_compressed(folder / "episode_0001.npz", **play(30, 0) | change)
+    with pytest.raises(ValueError, match=words) as caught:
+        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
+    assert "episode_0001.npz" in str(caught.value) and "pack_episodes.py" in str(caught.value)
+
+
+def test_a_damaged_file_or_folder_is_named(tmp_path):
+    folder = write_packed(tmp_path / "packed", episodes=1, length=30)
+    path = folder / "episode_0001.npz"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="episode_0001.npz is missing, cut off or damaged"):
+        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
+    part = play(30, 0)
+    del part["cont"]
+    np.savez_compressed(path, **part)
+    with pytest.raises(ValueError, match="Expected frames, frame_index"):
+        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
+    (folder / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="meta.json cannot be used .*no .*episodes"):
+        a.load_meta(folder)
+    with pytest.raises(ValueError, match="nothing/meta.json is missing"):
+        a.load_meta(tmp_path / "nothing")
+
+
+# evaluation -----------------------------------------------------------------------------------------------------------
+def test_counting_predicts_as_a_plain_loop_does():
+    rng = np.random.default_rng(0)
+    train, held = some_rows([(0, 50), (50, 80)], []), some_rows([(0, 40)], [])
+    for rows in (train, held):
+        n = len(rows.movement)
+        rows.movement = torch.tensor(np.repeat(rng.integers(0, 3, n), 2)[:n])
+        rows.keys = torch.tensor(rng.integers(0, 2, (n, 1))).float()
+        rows.act_valid[rows.runs[:, 0]] = False
+    assert a.action_baselines(train, held, 3) == pytest.approx(reference.action_baselines(train, held, 3))
+
+
+def test_a_psnr_of_a_hundredth_is_twenty_decibels():
+    error = torch.full((2, 3, 4, 4), 0.01)
+    assert a.psnr(error) == pytest.approx(20, abs=1e-5)
+    error[:, :, :2] = 0.5
+    assert a.psnr(error, torch.tensor([0.0, 0, 1, 1])[:, None]) == pytest.approx(20, abs=1e-5)
