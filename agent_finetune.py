@@ -690,14 +690,19 @@ def bootstrap_target(forward, z_noisy, signal, step, k_max: int) -> torch.Tensor
 
 
 def shortcut_losses(z_pred, z, target, signal, step, counts, k_max: int) -> dict[str, torch.Tensor]:
-    """Scalars `flow`, of the smallest steps, towards z, and `bootstrap`, of larger ones, towards `target`, all of them
-    (B, T, N, Z). Frames near the noise count less (ramp, Eq. 8). `counts` (B, T) bool, the frames that learn."""
+    """Scalar `dynamics` (Eq. 7): frames of the smallest steps should be z, those of larger ones `target`, all of them
+    (B, T, N, Z); frames near the noise count less (ramp, Eq. 8). `counts` (B, T) bool, the frames that learn. `flow`
+    and `bootstrap` are the two kinds by themselves, to look at.
+
+    One sum: normalised apart, the second takes over, as it is 0 for a network that always says the same."""
     ramp = (0.9 * signal / k_max + 0.1) * counts
     goal = torch.where((step == 0)[..., None, None], z, target)
     error = ramp * (z_pred.float() - goal).square().mean((2, 3))
+    small = step == 0
     return {
-        "flow": (error * (step == 0)).sum() / (counts & (step == 0)).sum().clamp(min=1),
-        "bootstrap": (error * (step > 0)).sum() / (counts & (step > 0)).sum().clamp(min=1),
+        "dynamics": error.sum() / counts.sum().clamp(min=1),
+        "flow": ((error * small).sum() / (counts & small).sum().clamp(min=1)).detach(),
+        "bootstrap": ((error * ~small).sum() / (counts & ~small).sum().clamp(min=1)).detach(),
     }
 
 
@@ -1205,7 +1210,7 @@ def tokenizer_terms(tokenizer: Tokenizer, rows: Rows, windows: np.ndarray, clip:
 def world_terms(
     dynamics: Dynamics, heads: Heads | None, batch: dict, uniform: torch.Tensor, bootstrap: bool, args: Args
 ) -> dict:
-    """Scalars `flow` and `bootstrap` of the uniform windows (B,), and with `heads` those of `agent_losses`. The other
+    """Those of `shortcut_losses` for the uniform windows (B,), and with `heads` those of `agent_losses`. The other
     windows show every frame as it is shown at play; they alone train the policy."""
     z, k_max = batch["z"], dynamics.k_max
     B, T = z.shape[:2]
@@ -1267,15 +1272,17 @@ def action_spec(meta: dict) -> dict:
 BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads}
 TERMS = {  # what each phase minimises, and where TensorBoard has it
     "tokenizer": {"recon": "train/recon_loss"},
-    "dynamics": {"flow": "train/flow_loss", "bootstrap": "train/bootstrap_loss"},
+    "dynamics": {"dynamics": "train/dynamics_loss"},
     "agent": {
-        "flow": "train/flow_loss",
-        "bootstrap": "train/bootstrap_loss",
+        "dynamics": "train/dynamics_loss",
         "policy": "train/policy_loss",
         "reward": "train/reward_loss",
         "cont": "train/cont_loss",
     },
 }
+
+
+PARTS = {"flow": "train/flow_loss", "bootstrap": "train/bootstrap_loss"}  # of the dynamics' loss
 
 
 def network_sizes(phase: str, args: Args, preset: dict, meta: dict, rows: Rows, limits: dict) -> dict[str, dict]:
@@ -1524,7 +1531,7 @@ def main(args: Args) -> dict:
                         bootstrap = phase == "agent" or step >= args.bootstrap_from * n_steps
                         terms = world_terms(dynamics, heads, batch, uniform, bootstrap, args)
                         frames_seen += length * len(chosen)
-                loss = sum(rms[name](term) for name, term in terms.items())
+                loss = sum(rms[name](terms[name]) for name in TERMS[phase])
 
                 # step
                 for group in optimizer.param_groups:
@@ -1542,7 +1549,9 @@ def main(args: Args) -> dict:
                 # log
                 if step % args.log_every == 0 or step == n_steps:
                     elapsed = time.time() - started
-                    scalars = {TERMS[phase][name]: term.item() for name, term in terms.items()}
+                    scalars = {
+                        metric: terms[name].item() for name, metric in (TERMS[phase] | PARTS).items() if name in terms
+                    }
                     scalars |= {
                         "train/loss": loss.item(),
                         "train/grad_norm": norm.item(),

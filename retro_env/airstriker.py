@@ -7,8 +7,7 @@ All players: `reset(seed)`, then `act(frame) -> action` once a step, `frame` uin
 
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 from scipy.ndimage import find_objects, label
@@ -202,8 +201,3 @@ def spread(shares: dict[str, float]) -> Iterator[str]:
         behind = max(shares, key=lambda name: shares[name] * n - counts[name])
         counts[behind] += 1
         yield behind
-
-
-def players_of_mix(mix: tuple[str, ...] = MIX, n: int = 20) -> list[partial]:
-    """Makers of the `n` players that play the mix, one game each."""
-    return [partial(make_player, name) for name in islice(spread(read_mix(mix)), n)]

@@ -498,4 +498,3 @@ def test_the_mix_is_close_to_its_shares_after_any_number_of_games():
     for n, name in zip(range(1, 101), airstriker.spread(shares), strict=False):
         counts[name] += 1
         assert all(abs(counts[player] - shares[player] * n) < 1.01 for player in shares)
-    assert [maker().__class__.__name__ for maker in airstriker.players_of_mix()].count("Shooter") == 16
