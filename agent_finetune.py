@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -220,9 +221,11 @@ def load_meta(data_dir: Path) -> dict:
     path = data_dir / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        missing = {"fps", "n_movement", "keys", "episodes"} - set(meta)
+        missing = {"fps", "n_movement", "keys", "episodes", "action_index"} - set(meta)
         if missing or ("frame_shape" in meta) == ("z_shape" in meta) or not meta["episodes"]:
             raise KeyError(f"no {', '.join(sorted(missing)) or 'frame_shape or z_shape, or no episodes'}")
+        if meta["action_index"] not in ("arrival", "departure"):
+            raise KeyError(f"action_index {meta['action_index']}, expected arrival or departure")
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing. Make such a folder with pack_episodes.py, or name one: --data-dir"
@@ -251,7 +254,7 @@ def load_rows(data_dir: Path, names: list[str], meta: dict) -> Rows:
             raise ValueError(f"{path}: {error}. {REPACK}") from None
         jump = np.diff(part["frame_index"].astype(np.int64)) > 1
         cuts = np.r_[0, np.flatnonzero(jump | (part["cont"][:-1] == 0)) + 1]
-        if meta.get("action_index") == "departure":  # row t has the action that follows frame t
+        if meta["action_index"] == "departure":  # row t has the action that follows frame t
             for column in ("movement", "keys", "act_valid"):
                 part[column] = np.roll(part[column], 1, 0)
             part["act_valid"][cuts] = False
@@ -1196,10 +1199,17 @@ def report(metrics: dict, tables: dict):
 
 
 # main -----------------------------------------------------------------------------------------------------------------
-def tokenizer_terms(tokenizer: Tokenizer, rows: Rows, windows: np.ndarray, clip: int, args: Args, device) -> dict:
-    """Scalar `recon` on clips of these windows, with patches hidden; each image draws how many."""
-    first = np.minimum(windows[:, 0], np.maximum(windows[:, 1] - clip, 0))
-    frames = as_pictures(rows.frames[first[:, None] + np.arange(clip)], device)  # (B, T, 3, H, W)
+def draw_clips(windows: np.ndarray, length: int, clip: int) -> np.ndarray:
+    """(B, clip) rows, anywhere inside each window (B, 2) of `length`; a run that is shorter repeats its last."""
+    stop = np.minimum(windows[:, 0] + length, windows[:, 1])
+    places = np.maximum(stop - windows[:, 0] - clip + 1, 1)
+    first = windows[:, 0] + (torch.rand(len(windows)).numpy() * places).astype(np.int64)
+    return np.minimum(first[:, None] + np.arange(clip), stop[:, None] - 1)
+
+
+def tokenizer_terms(tokenizer: Tokenizer, rows: Rows, clips: np.ndarray, args: Args, device) -> dict:
+    """Scalar `recon` on clips, rows (B, T), with patches hidden; each image draws how many."""
+    frames = as_pictures(rows.frames[clips], device)  # (B, T, 3, H, W)
     share = args.mask_ratio * torch.rand(*frames.shape[:2], 1, device=device)
     hidden = torch.rand(*frames.shape[:2], tokenizer.side**2, device=device) < share
     made, _ = tokenizer.decode(tokenizer.encode(frames, hidden)[0])
@@ -1246,11 +1256,28 @@ def check_args(args: Args, meta: dict):
     wrong = [name for name in shares if not 0 <= getattr(args, name) <= 1]
     if wrong:
         raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: expected 0 to 1")
-    if args.mtp < 1 or args.warmup_steps < 0 or args.play_episodes < 1 or args.num_envs < 1 or args.trunk_lr_scale <= 0:
-        found = f"--mtp {args.mtp} --warmup-steps {args.warmup_steps} --play-episodes {args.play_episodes} --num-envs "
-        raise ValueError(f"{found}{args.num_envs} --trunk-lr-scale {args.trunk_lr_scale:g}: too small")
+    least = {
+        "mtp": 1,
+        "play_episodes": 1,
+        "num_envs": 1,
+        "max_steps": 1,
+        "log_every": 1,
+        "save_every": 1,
+        "batch_size": 0,
+    }
+    least |= {"tokenizer_steps": 0, "dynamics_steps": 0, "agent_steps": 0, "warmup_steps": 0, "long_every": 0}
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more")
+    if args.trunk_lr_scale <= 0 or args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
+        found = f"--trunk-lr-scale {args.trunk_lr_scale:g} --sampling-steps {args.sampling_steps}"
+        raise ValueError(f"{found}: expected above 0, and 0 or a power of two")
     if args.phase == "eval" and not args.agent_checkpoint:
         raise ValueError("--phase eval trains nothing. Name the agent: --agent-checkpoint runs/<run>/agent.pt")
+    if args.agent_checkpoint and args.phase != "eval":
+        raise ValueError(f"--agent-checkpoint {args.agent_checkpoint} is for --phase eval, not {args.phase}")
+    if args.env_id and args.phase in ("tokenizer", "dynamics"):
+        raise ValueError(f"--env-id {args.env_id}: nobody plays after --phase {args.phase}. Leave it out")
     if "z_shape" in meta and (args.phase == "tokenizer" or args.tokenizer_checkpoint or args.env_id):
         raise ValueError(
             f"{args.data_dir} holds latents, no frames: leave out --phase tokenizer, --tokenizer-checkpoint, --env-id"
@@ -1320,7 +1347,7 @@ class Networks:
     """The networks by name, and what made them."""
 
     def __init__(self):
-        self.sizes, self.modules = {}, {}
+        self.sizes, self.modules, self.pack = {}, {}, 0  # pack: latents that make a token of the dynamics
 
     def add(self, name: str, device, **sizes):
         self.sizes[name], self.modules[name] = sizes, BUILD[name](**sizes).to(device)
@@ -1334,6 +1361,7 @@ class Networks:
 
     def load(self, state: dict, names, device):
         """Strictly: every tensor of every network."""
+        self.pack = state["pack"]
         for name in names:
             self.add(name, device, **state["sizes"][name])
             self.modules[name].load_state_dict(state["models"][name])
@@ -1381,6 +1409,7 @@ def main(args: Args) -> dict:
         if args.resume:
             args = runs.resume_args(args, may_change=("device", "env_id", "play_episodes", "num_envs"))
             checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
+            torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
         device = runs.pick_device(args.device)
         preset, data_dir = PRESETS[args.preset], Path(args.data_dir)
         meta = load_meta(data_dir)
@@ -1389,7 +1418,9 @@ def main(args: Args) -> dict:
         held_names = [name for name in names if fnmatch(name, args.heldout)] or names[-1:]
         train_names = [name for name in names if name not in held_names]
         if not train_names:
-            raise ValueError(f"{data_dir}: all episodes match --heldout {args.heldout}. Nothing is left to train on")
+            raise ValueError(
+                f"{data_dir}: all its episodes ({len(names)}) are held out by --heldout {args.heldout}. Pack more"
+            )
         rows, held = load_rows(data_dir, train_names, meta), load_rows(data_dir, held_names, meta)
         data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in names)]
         networks = Networks()
@@ -1405,7 +1436,8 @@ def main(args: Args) -> dict:
             )
         T, T_long = preset["lengths"]
         windows, relevant = choose_windows(rows, T)
-        open_loop_windows(held)  # fail now, not after the training
+        if args.phase != "tokenizer":
+            open_loop_windows(held)  # fail now, not after the training
         if not len(windows):
             raise ValueError(f"{data_dir}: no run of two frames to train on. {REPACK}")
     except (ValueError, OSError) as error:
@@ -1432,7 +1464,8 @@ def main(args: Args) -> dict:
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(
-        f"{run_dir}: {len(rows.reward):,} training rows of {len(train_names)} episodes, {len(held.reward):,} held out"
+        f"{run_dir}: {len(rows.reward):,} training rows of {len(train_names)} episodes, {len(held.reward):,} held out "
+        f"({', '.join(held_names)})"
     )
     print(
         f"{len(windows):,} windows of {T} rows, {int(relevant.sum()):,} with a reward; on {device}: "
@@ -1441,7 +1474,7 @@ def main(args: Args) -> dict:
     limits = bin_limits(args, rows.reward)
 
     dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
-    pack = preset["pack"]
+    pack = networks.pack or preset["pack"]
     for phase in phases:
         if checkpoint and PHASES.index(phase) < PHASES.index(checkpoint["phase"]):
             continue
@@ -1452,7 +1485,9 @@ def main(args: Args) -> dict:
             rows.z = encode_rows(networks.modules["tokenizer"], rows, pack, device)
         for name, sizes in network_sizes(phase, args, preset, meta, rows, limits).items():
             if name not in networks.modules:
-                networks.add(name, device, **sizes | ({"dim": preset["dynamics"]["dim"]} if name == "heads" else {}))
+                networks.add(
+                    name, device, **sizes | ({"dim": networks.sizes["dynamics"]["dim"]} if name == "heads" else {})
+                )
         tokenizer, dynamics, heads = (networks.modules.get(name) for name in ("tokenizer", "dynamics", "heads"))
         if phase == "tokenizer" and not resumed:
             tokenizer.mean_frame.copy_(as_pictures(rows.frames.mean(0, dtype=np.float32), device))
@@ -1483,7 +1518,6 @@ def main(args: Args) -> dict:
             rms.load_state_dict(resumed["rms"])
             sampler.state, step = resumed["sampler"], resumed["step"]
             runs.set_rng_state(resumed["rng"])
-            torch.set_num_threads(resumed["threads"])  # another number sums in another order
 
         def save(path: Path, phase=phase, **training):
             runs.save_checkpoint(
@@ -1524,7 +1558,7 @@ def main(args: Args) -> dict:
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     if phase == "tokenizer":
                         clip = preset["tokenizer_time"]["clip"]
-                        terms = tokenizer_terms(tokenizer, rows, windows[chosen], clip, args, device)
+                        terms = tokenizer_terms(tokenizer, rows, draw_clips(windows[chosen], T, clip), args, device)
                         frames_seen += clip * len(chosen)
                     else:
                         batch = gather(rows, windows[chosen], length, args.mtp, device)
@@ -1569,25 +1603,26 @@ def main(args: Args) -> dict:
                 if step % args.save_every == 0 or stop_signal:
                     save_last(step)
         progress.close()
-        if stop_signal and step < n_steps:
+        if step == n_steps:
+            save_last(step)
+            save(run_dir / f"{phase}.pt")
+        if stop_signal and (step < n_steps or phase != phases[-1]):
             writer.close()
             print(
                 f"stopped after update {step} of the {phase} and saved. Go on with: "
                 f"python {Path(__file__).name} --resume {run_dir}"
             )
             raise SystemExit(130)
-        save_last(step)
-        save(run_dir / f"{phase}.pt")
 
     # evaluation on whole held-out episodes, and in the game
     tokenizer, dynamics, heads = (networks.modules.get(name) for name in ("tokenizer", "dynamics", "heads"))
-    n_steps = args.sampling_steps or min(4, preset["dynamics_time"]["k_max"])
     metrics, tables = {}, {"heldout": held_names}
     if tokenizer is not None:
         metrics |= evaluate_tokenizer(tokenizer, held, device)
         for part in (rows, held):
             part.z = encode_rows(tokenizer, part, pack, device) if part.z is None else part.z
     if dynamics is not None:
+        n_steps = min(args.sampling_steps or 4, dynamics.k_max)
         found, tables["open_loop"], pictures = evaluate_dynamics(dynamics, tokenizer, held, n_steps, device)
         metrics |= found
         draw_open_loop(run_dir, tables["open_loop"], pictures, meta["fps"], writer)
@@ -1608,19 +1643,21 @@ def main(args: Args) -> dict:
     for name, metric in metrics.items():
         writer.add_scalar(name, metric, sum(updates[p] for p in phases))
     report(metrics, tables)
+    runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     if heads is not None and args.env_id:
         agents = {way: AgentPlayer(networks, pack, way == "sampled", device) for way in ("greedy", "sampled")}
         try:
             tables["play"] = evaluate_play(args, meta, agents)
-        except (ValueError, OSError, ImportError) as error:
-            raise SystemExit(str(error)) from None
+        except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
+            writer.close()
+            raise SystemExit(f"{error}. The agent is in {run_dir}/agent.pt, --phase eval plays it") from None
         for name, (mean, low, high) in tables["play"]["score"].items():
             print(f"score {name:<10}{mean:>8.1f} ({low:.1f} to {high:.1f})")
         metrics |= {
             "eval/score": tables["play"]["score"]["sampled"][0],
             "eval/score_random": tables["play"]["score"]["random"][0],
         }
-    runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
+        runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     writer.close()
     print(f"\nfiles  {run_dir}")
     return metrics | {"run_dir": str(run_dir)}

@@ -485,6 +485,14 @@ def test_rows_beyond_a_run_do_not_count():
     assert longer.tolist() == [0, 10, 28]  # moved back as far as the run allows
 
 
+def test_clips_reach_every_row_of_a_window_and_stay_in_its_run():
+    torch.manual_seed(0)
+    windows = np.array([[0, 10], [10, 12], [30, 40]])
+    clips = np.stack([a.draw_clips(windows, length=8, clip=4) for _ in range(200)])  # (200, 3, 4)
+    assert [set(clips[:, w].ravel()) for w in range(3)] == [set(range(8)), {10, 11}, set(range(30, 38))]
+    assert (np.diff(clips[:, [0, 2]]) == 1).all() and (clips[:, 1] == [10, 11, 11, 11]).all()
+
+
 def test_every_window_once_a_pass_and_the_rest_relevant():
     sampler = a.WindowSampler(30, np.array([3, 7]), seed=1)
     uniform = []
