@@ -10,7 +10,6 @@ heads, behavioural cloning). Page, with the time convention drawn: docs/agent_fi
 In: a folder of pack_episodes.py. Out: runs/<task>__agent_finetune__<seed>__<time>/ with tokenizer.pt, dynamics.pt,
 agent.pt, model.safetensors, eval.json, pictures, films and TensorBoard events."""
 
-import copy
 import hashlib
 import json
 import math
@@ -1160,7 +1159,7 @@ def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dic
     }
 
 
-def draw_open_loop(run_dir: Path, table: dict, pictures: dict | None, fps: float, writer: SummaryWriter):
+def draw_open_loop(run_dir: Path, table: dict, pictures: dict | None, fps: float):
     """open_loop.png: error over the horizon, and real and predicted frames where there are any; open_loop.mp4."""
     figure = Figure(figsize=(10, 4 if pictures is None else 7), layout="constrained")
     rows = figure.subplots(1 if pictures is None else 2, 1, squeeze=False)[:, 0]
@@ -1354,7 +1353,7 @@ class Networks:
 
     def state(self) -> dict:
         return {
-            "sizes": copy.deepcopy(self.sizes),
+            "sizes": dict(self.sizes),
             "models": {name: module.state_dict() for name, module in self.modules.items()},
             "fingerprints": {name: fingerprint_of(module) for name, module in self.modules.items()},
         }
@@ -1625,7 +1624,7 @@ def main(args: Args) -> dict:
         n_steps = min(args.sampling_steps or 4, dynamics.k_max)
         found, tables["open_loop"], pictures = evaluate_dynamics(dynamics, tokenizer, held, n_steps, device)
         metrics |= found
-        draw_open_loop(run_dir, tables["open_loop"], pictures, meta["fps"], writer)
+        draw_open_loop(run_dir, tables["open_loop"], pictures, meta["fps"])
     if heads is not None:
         found, tables["agent"] = evaluate_agent(dynamics, heads, rows, held, meta["keys"], device)
         metrics |= found

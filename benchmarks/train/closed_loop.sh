@@ -15,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/closed_loop} OMP_NUM_THREADS=1 TQDM_MININTERVAL=10
 export DATA=${DATA:-$OUT/recordings} CORRECTED=${CORRECTED:-$OUT/corrected} MODEL=${MODEL:-$OUT/policy.onnx}
-STEPS=${STEPS:-record label first correct policy play compare offline}
+STEPS=${STEPS:-record label first correct policy play rules compare offline}
 LEVELS=${LEVELS:-generated:0-9 welcome_antarctica journey_begins}
 SEEDS=${SEEDS:-1 2} EPISODES=${EPISODES:-20} GAMES=${GAMES:-3}
 RESULTS=${RESULTS:-benchmarks/results} FIGURES=${FIGURES:-docs}
@@ -87,6 +87,12 @@ if step play "$EPISODES episodes of each player on $LEVELS"; then
     done
 fi
 
+if step rules "the policy with thresholds of equal rate, and with keys drawn from its probabilities"; then
+    OMP_NUM_THREADS=2 train policy_equal_rate "$OUT/both" 4000 --no-use-awr --thresholds equal-rate
+    $PYTHON benchmarks/play/compare.py --level welcome_antarctica --episodes "$EPISODES" --games "$GAMES" \
+        --models "policy=$MODEL" "policy_equal_rate=$OUT/policy_equal_rate.onnx" "policy+sample=$MODEL" \
+        --output "$RESULTS/closed_loop_decoding.json" --figure "$OUT/closed_loop_decoding.png"
+fi
 if step compare "plain cloning, advantage weights (training seeds $SEEDS), IQL, thresholds, on the recordings alone"; then
     {
         for seed in $SEEDS; do

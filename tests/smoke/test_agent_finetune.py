@@ -54,7 +54,6 @@ def test_three_phases_leave_an_agent(run, packed):
     for name in ("recon", "flow", "policy", "reward"):
         losses = curve(run_dir, f"train/{name}_loss")
         assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5]), name
-    assert run["eval/psnr"] > run["eval/psnr_mean_frame"] - 1 and 0 <= run["eval/action_accuracy"] <= 1
     evaluation = json.loads((run_dir / "eval.json").read_text())
     assert evaluation["heldout"] == ["heldout_0001"] and len(evaluation["open_loop"]["psnr_ceiling"]) == len(a.HORIZONS)
     for name in ("open_loop.png", "open_loop.mp4", "agent_finetune.py", "args.json", "provenance.json", "split.json"):
