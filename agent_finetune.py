@@ -15,10 +15,8 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -28,16 +26,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from sklearn.metrics import roc_auc_score
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import runs
 from common.returns import death_events  # noqa: F401  the rule by which pack_episodes.py finds deaths
-from common.video import VideoWriter, resize
+from common.video import resize
+from packed_episodes.rows import Rows, load_meta, load_rows
+from packed_episodes.scores import Decibels, draw_open_loop, foreground, psnr, report, score_policy, score_reward
+from retro_env.play import compare_players
 
 
 @dataclass
@@ -96,6 +95,8 @@ class Args:
     """of AdamW; none on norms, biases, embeddings"""
     warmup_steps: int = 100
     """updates in which the learning rate rises from 0, in each phase"""
+    anneal_lr: bool = True
+    """the learning rate falls to 0 along each phase"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm; 0 means never"""
     activation_checkpointing: bool = False
@@ -151,153 +152,54 @@ class Args:
 # Axes: B batch, T frames of a window, S slots (tokens of a frame), D width, P patches, N x Z latents of a frame, A
 # keys, M movements, L rows ahead, R rows of all episodes laid end to end, E games side by side. Row t holds frame t
 # and the action, reward and end that came with it (arrival): the policy at row t chooses the action of row t + 1.
-PRESETS = {
-    "cpu": {
-        "tokenizer": {"size": 64, "patch": 8, "dim": 64, "layers": 2, "heads": 2, "n_latents": 16, "latent_dim": 16},
-        "tokenizer_time": {"time_every": 2, "clip": 2},  # frames that the tokenizer sees at once
-        "pack": 2,  # latents that make one token of the dynamics
-        "dynamics": {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "registers": 4},
-        "dynamics_time": {"time_every": 2, "k_max": 8, "context": 16},  # finest step 1 / k_max; frames attended to
-        "lengths": (8, 24),
-        "batches": {"tokenizer": 16, "dynamics": 16, "agent": 16},
-        "steps": {"tokenizer": 2000, "dynamics": 1500, "agent": 800},
-    },
-    "gpu-s": {
-        "tokenizer": {"size": 128, "patch": 8, "dim": 256, "layers": 8, "heads": 8, "n_latents": 64, "latent_dim": 16},
-        "tokenizer_time": {"time_every": 4, "clip": 4},
-        "pack": 2,
-        "dynamics": {"dim": 512, "layers": 12, "heads": 8, "kv_heads": 4, "registers": 8},
-        "dynamics_time": {"time_every": 4, "k_max": 64, "context": 192},
-        "lengths": (64, 256),
-        "batches": {"tokenizer": 64, "dynamics": 32, "agent": 32},
-        "steps": {"tokenizer": 20_000, "dynamics": 40_000, "agent": 10_000},
-    },
-    "gpu-m": {
-        "tokenizer": {
-            "size": 256,
-            "patch": 16,
-            "dim": 512,
-            "layers": 8,
-            "heads": 8,
-            "n_latents": 256,
-            "latent_dim": 16,
-        },
-        "tokenizer_time": {"time_every": 4, "clip": 4},
-        "pack": 2,
-        "dynamics": {"dim": 768, "layers": 18, "heads": 12, "kv_heads": 4, "registers": 8},
-        "dynamics_time": {"time_every": 4, "k_max": 64, "context": 192},
-        "lengths": (64, 256),
-        "batches": {"tokenizer": 64, "dynamics": 16, "agent": 16},
-        "steps": {"tokenizer": 100_000, "dynamics": 100_000, "agent": 20_000},
-    },
-}
 PHASES = ("tokenizer", "dynamics", "agent")
-COLUMNS = ("frame_index", "movement", "keys", "reward", "cont", "act_valid", "rew_valid")
-REPACK = "Pack it again with pack_episodes.py, or move it away"
-FOREGROUND = 0.1  # a pixel is foreground where a channel is so far from the mean frame, of 1
+
+
+@dataclass
+class Preset:
+    """What --preset chooses; these are cpu's."""
+
+    frame_size: int = 64
+    patch: int = 8
+    tokenizer_dim: int = 64
+    tokenizer_layers: int = 2  # as many to encode as to decode
+    tokenizer_heads: int = 2
+    tokenizer_time_every: int = 2  # every so many layers one over time
+    clip: int = 2  # frames that a layer of the tokenizer sees at once
+    n_latents: int = 16
+    latent_dim: int = 16
+    pack: int = 2  # latents that make one token of the dynamics
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    registers: int = 4
+    time_every: int = 2
+    k_max: int = 8  # the finest step is 1 / k_max
+    context: int = 16  # frames that a layer of the dynamics sees at once
+    lengths: tuple[int, int] = (8, 24)  # rows of a short and of a long window
+    batch_sizes: tuple[int, int, int] = (16, 16, 16)  # by phase
+    steps: tuple[int, int, int] = (2000, 1500, 800)
+
+
+GPU_S = Preset(
+    **{"frame_size": 128, "tokenizer_dim": 256, "tokenizer_layers": 8, "tokenizer_heads": 8, "tokenizer_time_every": 4},
+    **{"clip": 4, "n_latents": 64, "dim": 512, "layers": 12, "heads": 8, "kv_heads": 4, "registers": 8},
+    **{"time_every": 4, "k_max": 64, "context": 192, "lengths": (64, 256)},
+    **{"batch_sizes": (64, 32, 32), "steps": (20_000, 40_000, 10_000)},
+)
+GPU_M = replace(
+    GPU_S,
+    **{"frame_size": 256, "patch": 16, "tokenizer_dim": 512, "n_latents": 256, "dim": 768, "layers": 18, "heads": 12},
+    **{"batch_sizes": (64, 16, 16), "steps": (100_000, 100_000, 20_000)},
+)
+PRESETS = {"cpu": Preset(), "gpu-s": GPU_S, "gpu-m": GPU_M}
 N_BINS = 255
 HORIZONS = (1, 2, 4, 8, 16)  # frames ahead that the dynamics is scored at
 START = 8  # real frames before an open-loop prediction
 
 
-# data: which rows, which windows --------------------------------------------------------------------------------------
-@dataclass
-class Rows:
-    """Episodes laid end to end. A run is a stretch of one without a gap, or an end of the game, inside."""
-
-    frames: np.ndarray | None  # (R, H, W, 3) uint8; None where the data are latents
-    z: torch.Tensor | None  # (R, N, Z) float16; None until the tokenizer has made them
-    movement: torch.Tensor  # (R,) int64
-    keys: torch.Tensor  # (R, A) float32
-    reward: torch.Tensor  # (R,) float32
-    cont: torch.Tensor  # (R,) float32, 0 where the game ended
-    act_valid: torch.Tensor  # (R,) bool
-    rew_valid: torch.Tensor  # (R,) bool
-    runs: np.ndarray  # (U, 2) first row, row after the last
-
-
-def load_meta(data_dir: Path) -> dict:
-    path = data_dir / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        missing = {"fps", "n_movement", "keys", "episodes", "action_index"} - set(meta)
-        if missing or ("frame_shape" in meta) == ("z_shape" in meta) or not meta["episodes"]:
-            raise KeyError(f"no {', '.join(sorted(missing)) or 'frame_shape or z_shape, or no episodes'}")
-        if meta["action_index"] not in ("arrival", "departure"):
-            raise KeyError(f"action_index {meta['action_index']}, expected arrival or departure")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing. Make such a folder with pack_episodes.py, or name one: --data-dir"
-        ) from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be used ({error}). {REPACK}") from None
-    return meta
-
-
-def load_rows(data_dir: Path, names: list[str], meta: dict) -> Rows:
-    """The episodes of these names. Raises ValueError naming the file, what was found and the mend."""
-    pixels, shape = ("frames", meta["frame_shape"]) if "frame_shape" in meta else ("z", meta["z_shape"])
-    parts, starts, n_rows = [], [], 0
-    for name in names:
-        path = data_dir / f"{name}.npz"
-        try:
-            with np.load(path) as file:
-                part = {column: file[column] for column in (pixels, *COLUMNS)}
-        except KeyError as error:
-            raise ValueError(f"{path}: {error.args[0]}. Expected {pixels}, {', '.join(COLUMNS)}. {REPACK}") from None
-        except Exception as error:  # a damaged file raises many kinds
-            raise ValueError(f"{path} is missing, cut off or damaged ({error}). {REPACK}") from None
-        try:
-            check_episode(part, pixels, tuple(shape), meta)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}. {REPACK}") from None
-        jump = np.diff(part["frame_index"].astype(np.int64)) > 1
-        cuts = np.r_[0, np.flatnonzero(jump | (part["cont"][:-1] == 0)) + 1]
-        if meta["action_index"] == "departure":  # row t has the action that follows frame t
-            for column in ("movement", "keys", "act_valid"):
-                part[column] = np.roll(part[column], 1, 0)
-            part["act_valid"][cuts] = False
-        parts.append(part)
-        starts += list(n_rows + cuts)
-        n_rows += len(part["reward"])
-    joined = {column: np.concatenate([part[column] for part in parts]) for column in (pixels, *COLUMNS)}
-    runs_ = np.stack([np.array(starts), np.r_[starts[1:], n_rows]], 1).astype(np.int64)
-    return Rows(
-        frames=joined.get("frames"),
-        z=torch.tensor(joined["z"]) if pixels == "z" else None,
-        movement=torch.tensor(joined["movement"].astype(np.int64)),
-        keys=torch.tensor(joined["keys"].astype(np.float32)),
-        reward=torch.tensor(np.where(joined["rew_valid"], joined["reward"], 0).astype(np.float32)),
-        cont=torch.tensor(joined["cont"].astype(np.float32)),
-        act_valid=torch.tensor(joined["act_valid"].astype(bool)),
-        rew_valid=torch.tensor(joined["rew_valid"].astype(bool)),
-        runs=runs_,
-    )
-
-
-def check_episode(part: dict[str, np.ndarray], pixels: str, shape: tuple, meta: dict):
-    """Raise ValueError where the arrays of an episode are not what meta.json says."""
-    n, index, movement = len(part[pixels]), part["frame_index"], part["movement"]
-    other = {column: len(part[column]) for column in COLUMNS if len(part[column]) != n}
-    if n == 0 or other:
-        raise ValueError(f"{pixels} has {n} rows, {other or 'which is too few'}: expected as many of each, 1 or more")
-    if part[pixels].shape[1:] != shape:
-        raise ValueError(f"{pixels} has the shape {part[pixels].shape[1:]} in a row, meta.json says {shape}")
-    if part["keys"].shape != (n, len(meta["keys"])) or movement.min() < 0 or movement.max() >= meta["n_movement"]:
-        found = f"movement {movement.min()} to {movement.max()}, keys {part['keys'].shape}"
-        raise ValueError(f"{found}, meta.json has {meta['n_movement']} movements and {len(meta['keys'])} keys")
-    back = np.flatnonzero(np.diff(index.astype(np.int64)) <= 0)
-    if len(back):
-        raise ValueError(
-            f"frame_index does not increase: {index[back[0]]}, then {index[back[0] + 1]}, at row {back[0]}"
-        )
-    bad = np.flatnonzero(~np.isfinite(part["reward"]) & part["rew_valid"].astype(bool))
-    if len(bad):
-        raise ValueError(f"the reward of row {bad[0]} is {part['reward'][bad[0]]}, expected a number")
-    if pixels == "z" and not np.isfinite(part["z"]).all():
-        raise ValueError("z holds values that are not numbers")
-
-
+# data: which rows a batch has -----------------------------------------------------------------------------------------
 def choose_windows(rows: Rows, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows of `length` rows at half their length from each other, and one at the end of each run: (W, 2) first row
     and end of the run; and which of them hold a reward (W,) bool. A run that is shorter makes one window."""
@@ -317,30 +219,47 @@ class WindowSampler:
     def __init__(self, n_windows: int, relevant: np.ndarray, seed: int):
         self.n, self.relevant, self.seed = n_windows, relevant, seed
         self.state = {"epoch": 0, "position": 0, "batches": 0}
+        self.order = (None, np.zeros(0, np.int64))  # an epoch, and its permutation
 
     def draw(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(n,) windows, and which of them are of the uniform half (n,) bool."""
         n_uniform = n if len(self.relevant) == 0 else n - n // 2
-        uniform = []
-        while len(uniform) < n_uniform:
-            order = np.random.default_rng((self.seed, 0, self.state["epoch"])).permutation(self.n)
-            taken = order[self.state["position"] :][: n_uniform - len(uniform)]
-            uniform += list(taken)
+        chosen = np.zeros(0, np.int64)
+        while len(chosen) < n_uniform:
+            if self.order[0] != self.state["epoch"]:
+                rng = np.random.default_rng((self.seed, 0, self.state["epoch"]))
+                self.order = self.state["epoch"], rng.permutation(self.n)
+            taken = self.order[1][self.state["position"] :][: n_uniform - len(chosen)]
+            chosen = np.r_[chosen, taken]
             self.state["position"] += len(taken)
             if self.state["position"] == self.n:
                 self.state["epoch"], self.state["position"] = self.state["epoch"] + 1, 0
         rng = np.random.default_rng((self.seed, 1, self.state["batches"]))
         self.state["batches"] += 1
         relevant = rng.choice(self.relevant, n - n_uniform) if n > n_uniform else np.zeros(0, np.int64)
-        return np.r_[np.array(uniform), relevant].astype(np.int64), np.arange(n) < n_uniform
+        return np.r_[chosen, relevant], np.arange(n) < n_uniform
+
+
+def draw_clips(windows: np.ndarray, length: int, clip: int) -> np.ndarray:
+    """(B, clip) rows, anywhere inside each window (B, 2) of `length`; a run that is shorter repeats its last."""
+    stop = np.minimum(windows[:, 0] + length, windows[:, 1])
+    places = np.maximum(stop - windows[:, 0] - clip + 1, 1)
+    first = windows[:, 0] + (torch.rand(len(windows)).numpy() * places).astype(np.int64)
+    return np.minimum(first[:, None] + np.arange(clip), stop[:, None] - 1)
+
+
+def lengthen(windows: np.ndarray, short: int, length: int) -> np.ndarray:
+    """Windows (B, 2) of `short` rows, moved to begin where one of `length` rows may that holds them."""
+    back = torch.randint(length - short + 1, (len(windows),)).numpy()
+    return np.stack([windows[:, 0] - back, windows[:, 1]], 1)
 
 
 def gather(rows: Rows, windows: np.ndarray, length: int, ahead: int, device) -> dict[str, torch.Tensor]:
     """(B, 2) windows -> z (B, T, N, Z), and of T + `ahead` rows movement, keys, reward, cont, act_valid, rew_valid, and
-    inside (the row is of the same run). Where the run ends its last row repeats, not inside and not valid. A window is
-    moved back as far as its run allows, so that as few rows as possible are empty."""
+    inside (the row is of the same run). Where the run ends its last row repeats, not inside and not valid. A window
+    that leaves its run is moved back in, as far as there is room."""
     first, stop = torch.tensor(windows).T  # (B,), (B,)
-    run_start = torch.tensor(rows.runs[np.searchsorted(rows.runs[:, 0], windows[:, 0], "right") - 1, 0])
+    run_start = torch.tensor(rows.runs[np.searchsorted(rows.runs[:, 1], windows[:, 1]), 0])
     first = torch.maximum(torch.minimum(first, stop - length), run_start)
     index = first[:, None] + torch.arange(length + ahead)  # (B, T + ahead)
     inside = index < stop[:, None]
@@ -391,12 +310,15 @@ class Block(nn.Module):
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
             if mask is not None and mask.dim() == 3:
                 mask = mask[:, None].expand(B, S, *mask.shape[1:]).reshape(B * S, 1, *mask.shape[1:])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        seen = k, v
+        if x.is_cuda and self.heads != self.kv_heads:  # fused kernels that take a mask take no groups
+            k, v = (a.repeat_interleave(self.heads // self.kv_heads, 1) for a in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != self.heads)
         y = self.out(y.transpose(1, 2).flatten(2))
         y = y.reshape(B, S, T, D).transpose(1, 2) if self.over_time else y.reshape(B, T, S, D)
         x = x + y
         gate, value = self.ff_in(self.ff_norm(x)).chunk(2, -1)
-        return x + self.ff_out(F.silu(gate) * value), (k, v)
+        return x + self.ff_out(F.silu(gate) * value), seen
 
 
 class Trunk(nn.Module):
@@ -437,14 +359,16 @@ class Trunk(nn.Module):
 
 class Tokenizer(nn.Module):
     """Masked autoencoder: frames to `n_latents` x `latent_dim` numbers in -1..1, and back. Frames are read, and
-    written, as what differs from the mean frame."""
+    written, as what differs from the mean frame. `pack` latents make one token for the dynamics: N is n_latents / pack,
+    Z is latent_dim * pack."""
 
-    def __init__(self, size, patch, dim, layers, heads, n_latents, latent_dim, time_every, clip, grid: bool):
+    def __init__(self, size, patch, dim, layers, heads, n_latents, latent_dim, pack, time_every, clip, grid: bool):
         super().__init__()
         side, cells = size // patch, math.isqrt(n_latents)
         if grid and (cells * cells != n_latents or side % cells):
             raise ValueError(f"{n_latents} latents are no grid over {side} x {side} patches. Take --latents free")
-        self.patch, self.side, self.cells, self.grid = patch, side, cells, grid
+        self.size, self.patch, self.side, self.cells, self.grid = size, patch, side, cells, grid
+        self.n_latents, self.pack = n_latents, pack
         P, N = side * side, n_latents
         is_latent = torch.arange(P + N) >= P
         self.embed = nn.Linear(3 * patch * patch, dim)
@@ -478,13 +402,15 @@ class Tokenizer(nn.Module):
             c, k = self.cells, self.side // self.cells
             latents = latents + x.unflatten(2, (c, k, c, k)).mean((3, 5)).flatten(2, 3)
         x, cache = self.encoder(torch.cat([x + self.patch_position, latents], 2), cache=cache)
-        return torch.tanh(self.to_latent(x[:, :, self.side**2 :])), cache
+        z = torch.tanh(self.to_latent(x[:, :, self.side**2 :]))  # (B, T, n_latents, latent_dim)
+        return z.unflatten(2, (-1, self.pack)).flatten(3), cache
 
     def decode(self, z: torch.Tensor, cache: dict | None = None):
         """z (B, T, N, Z) -> frames (B, T, 3, H, W), about 0..1, and the cache."""
-        latents, c, k, p = self.from_latent(z), self.cells, self.side // self.cells, self.patch
+        latents, p = self.from_latent(z.unflatten(3, (self.pack, -1)).flatten(2, 3)), self.patch
         queries = self.query_position.expand(*z.shape[:2], -1, -1)
         if self.grid:
+            c, k = self.cells, self.side // self.cells
             near = latents.unflatten(2, (c, c)).repeat_interleave(k, 2).repeat_interleave(k, 3)
             queries = queries + near.flatten(2, 3)
         x, cache = self.decoder(torch.cat([queries, latents + self.latent_position], 2), cache=cache)
@@ -498,29 +424,15 @@ class Dynamics(nn.Module):
     noise level with the step size, and last the agent, who sees all and whom nobody sees."""
 
     def __init__(
-        self,
-        n_tokens,
-        token_dim,
-        bounded,
-        n_movement,
-        n_keys,
-        dim,
-        layers,
-        heads,
-        kv_heads,
-        registers,
-        time_every,
-        k_max,
-        context,
+        self, z_shape, bounded, n_movement, n_keys, dim, layers, heads, kv_heads, registers, time_every, k_max, context
     ):
         super().__init__()
-        self.n_tokens, self.k_max, self.bounded = n_tokens, k_max, bounded  # bounded: z lies in -1..1
-        S = n_tokens + registers + 3
+        (self.n_tokens, token_dim), self.k_max = z_shape, k_max
+        self.bounded = bounded  # z lies in -1..1
+        S = self.n_tokens + registers + 3
         is_agent = torch.arange(S) == S - 1
         self.z_in, self.z_out = nn.Linear(token_dim, dim), nn.Linear(dim, token_dim)
-        self.slots = nn.Parameter(
-            0.02 * torch.randn(S - 1, dim)
-        )  # also the registers, and the action that is not known
+        self.slots = nn.Parameter(0.02 * torch.randn(S - 1, dim))  # registers, an action that is not known: this alone
         self.movement, self.keys = nn.Embedding(n_movement, dim), nn.Embedding(max(1, n_keys), dim)
         self.signal, self.step = nn.Embedding(k_max, dim // 2), nn.Embedding(k_max.bit_length(), dim - dim // 2)
         self.agent, self.task = nn.Parameter(0.02 * torch.randn(dim)), nn.Embedding(1, dim)
@@ -566,7 +478,7 @@ class Heads(nn.Module):
 
     def __init__(self, dim: int, ahead: int, n_movement: int, n_keys: int, reward_limit: float, value_limit: float):
         super().__init__()
-        self.n_movement = n_movement
+        self.n_movement, self.n_keys = n_movement, n_keys
         self.reward, self.policy = Head(dim, ahead, N_BINS), Head(dim, ahead, n_movement + n_keys)
         self.cont, self.value = Head(dim, 1, 1), Head(dim, 1, N_BINS)  # the value is learnt in imagination
         self.register_buffer("reward_bins", symexp_bins(N_BINS, reward_limit).float(), persistent=False)
@@ -637,11 +549,9 @@ def mtp_pairs(predict: torch.Tensor, target: torch.Tensor, ahead: int, first: in
     return row, predict[..., None] & target[:, row] & exists
 
 
-def mtp_mean(nll: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Of (B, T, L) the mean over the pairs that count, per distance; summed over the distances (Eq. 9). One without a
-    pair adds nothing."""
-    n = counts.sum((0, 1))
-    return (torch.where(counts, nll, 0.0).sum((0, 1)) / n.clamp(min=1)).sum()
+def mtp_means(nll: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Of (B, T, L) the mean over the pairs that count, (L,) per distance, 0 without a pair; their sum is Eq. 9."""
+    return torch.where(counts, nll, 0.0).sum((0, 1)) / counts.sum((0, 1)).clamp(min=1)
 
 
 def action_nll(logits: torch.Tensor, movement: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -654,16 +564,19 @@ def action_nll(logits: torch.Tensor, movement: torch.Tensor, keys: torch.Tensor)
 def agent_losses(
     heads: Heads, h: torch.Tensor, batch: dict, policy_rows: torch.Tensor, reward_rows: torch.Tensor
 ) -> dict:
-    """Scalars `policy`, `reward`, `cont` of h (B, T, D) and labels of T + L rows; which rows learn, (B, T) bool."""
+    """Scalars `policy`, `reward`, `cont` of h (B, T, D) and labels of T + L rows; which rows learn, (B, T) bool. Beside
+    them what the nearest row's share is, `policy_next` and `reward_now`, and of how many pairs, `policy_pairs`."""
     logits = heads.policy(h)  # (B, T, L, M + A)
     row, counts = mtp_pairs(policy_rows, batch["act_valid"], logits.shape[2], first=1)
-    policy = mtp_mean(action_nll(logits, batch["movement"][:, row], batch["keys"][:, row]), counts)
+    policy = mtp_means(action_nll(logits, batch["movement"][:, row], batch["keys"][:, row]), counts)
+    pairs = counts[..., 0].sum()
     logits = heads.reward(h)  # (B, T, L, N_BINS)
     row, counts = mtp_pairs(reward_rows, batch["rew_valid"], logits.shape[2], first=0)
-    reward = mtp_mean(twohot_nll(logits, batch["reward"][:, row], heads.reward_bins), counts)
+    reward = mtp_means(twohot_nll(logits, batch["reward"][:, row], heads.reward_bins), counts)
     alive = batch["cont"][:, : h.shape[1], None]
     ends = F.binary_cross_entropy_with_logits(heads.cont(h)[..., 0], alive, reduction="none")
-    return {"policy": policy, "reward": reward, "cont": mtp_mean(ends, reward_rows[..., None])}
+    terms = {"policy": policy.sum(), "reward": reward.sum(), "cont": mtp_means(ends, reward_rows[..., None]).sum()}
+    return terms | {"policy_next": policy[0].detach(), "reward_now": reward[0].detach(), "policy_pairs": pairs}
 
 
 def noisy(z: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, k_max: int) -> torch.Tensor:
@@ -741,8 +654,11 @@ class RunningRMS(nn.Module):
         if self.training and torch.isfinite(square):
             self.mean_square.mul_(self.decay).add_((1 - self.decay) * square)
             self.count += 1
-        debiased = self.mean_square / (1 - self.decay ** self.count.clamp(min=1))
-        return loss / (debiased.sqrt().to(loss.dtype) + 1e-8)
+        return loss / (self.value().to(loss.dtype) + 1e-8)
+
+    def value(self) -> torch.Tensor:
+        """Root of the running mean square so far."""
+        return (self.mean_square / (1 - self.decay ** self.count.clamp(min=1))).sqrt()
 
 
 def amp_config(device: str | torch.device, bf16_supported: bool) -> tuple[torch.dtype | None, bool]:
@@ -752,22 +668,14 @@ def amp_config(device: str | torch.device, bf16_supported: bool) -> tuple[torch.
     return (torch.bfloat16, False) if bf16_supported else (torch.float16, True)
 
 
-def parameters_of(items: list) -> list[nn.Parameter]:
-    """Of modules and parameters, each once."""
-    lists = ([item] if isinstance(item, nn.Parameter) else list(item.parameters()) for item in items)
-    return list(dict.fromkeys(p for parameters in lists for p in parameters))
-
-
-def parameter_groups(old: list, new: list, lr: float, scale: float, decay: float) -> list[dict]:
-    """AdamW groups of modules and parameters: `new` ones learn at `lr`, others at `scale` times that; only weights of
-    linear layers decay. Frozen parameters are in none."""
-    modules = [module for item in [*old, *new] if isinstance(item, nn.Module) for module in item.modules()]
-    linear = {module.weight for module in modules if isinstance(module, nn.Linear)}
-    fresh, groups = set(parameters_of(new)), {}
-    for p in parameters_of([*old, *new]):
-        if p.requires_grad:
-            key = (lr if p in fresh else lr * scale, decay if p in linear else 0.0)
-            groups.setdefault(key, []).append(p)
+def parameter_groups(new: list[nn.Parameter], modules: list[nn.Module], lr: float, scale: float, decay: float):
+    """AdamW groups of all parameters in `modules`: those in `new` learn at `lr`, others at `scale` times that; only the
+    weights of linear layers decay. Frozen parameters are in none."""
+    parts = [part for module in modules for part in module.modules()]
+    linear = {part.weight for part in parts if isinstance(part, nn.Linear)}
+    new, groups = set(new), {}
+    for p in dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad):
+        groups.setdefault((lr if p in new else lr * scale, decay if p in linear else 0.0), []).append(p)
     return [{"params": ps, "lr": rate, "base_lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
 
 
@@ -780,39 +688,45 @@ def as_pictures(frames: np.ndarray, device) -> torch.Tensor:
     return torch.tensor(frames, device=device).movedim(-1, -3).float() / 255
 
 
-def encode_rows(tokenizer: Tokenizer, rows: Rows, pack: int, device) -> torch.Tensor:
-    """z (R, N / pack, Z * pack) float16 of all frames, run by run."""
+def chunks(rows: Rows) -> list[list[slice]]:
+    """Of each run its slices, of at most 64 rows."""
+    return [[slice(i, min(stop, i + 64)) for i in range(first, stop, 64)] for first, stop in rows.runs]
+
+
+@torch.no_grad()
+def encode_rows(tokenizer: Tokenizer, rows: Rows, device) -> torch.Tensor:
+    """z (R, N, Z) float16 of all frames."""
     tokenizer.eval()
     z, progress = [], tqdm(total=len(rows.frames), desc="encode", unit="frame", leave=False)
-    with torch.no_grad():
-        for first, stop in rows.runs:
-            cache = {}
-            for start in range(first, stop, 64):
-                part = as_pictures(rows.frames[start : min(stop, start + 64)], device)
-                latents, cache = tokenizer.encode(part[None], cache=cache)
-                z.append(latents[0].reshape(len(part), latents.shape[2] // pack, -1).half().cpu())
-                progress.update(len(part))
+    for run in chunks(rows):
+        cache = {}
+        for part in run:
+            latents, cache = tokenizer.encode(as_pictures(rows.frames[part], device)[None], cache=cache)
+            z.append(latents[0].half().cpu())
+            progress.update(len(z[-1]))
     progress.close()
     return torch.cat(z)
 
 
-def decode_latents(tokenizer: Tokenizer, z: torch.Tensor) -> torch.Tensor:
-    """z (B, T, N, Z) of the dynamics -> frames (B, T, 3, H, W) in 0..1."""
-    return tokenizer.decode(z.reshape(*z.shape[:2], -1, tokenizer.from_latent.in_features))[0].clamp(0, 1)
+def draw_noise(shape: tuple, generator, device) -> torch.Tensor:
+    """Normal numbers (B, ...); `generator` None, one for all, or a list with one for each of the B."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape[1:], generator=one) for one in generator]).to(device)
+    return torch.randn(shape, generator=generator).to(device)
 
 
 def look(dynamics: Dynamics, z: torch.Tensor, actions: dict, cache: dict, generator=None):
     """Take real or finished frames z (B, T, N, Z) into the cache at the highest signal level that was trained, with the
     noise that belongs to it. Returns what the agent reads (B, T, D) and the cache."""
     level = torch.full(z.shape[:2], dynamics.k_max - 1, device=z.device)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    _, h, cache = dynamics(noisy(z, noise, level, dynamics.k_max), level, torch.zeros_like(level), actions, cache=cache)
+    z = noisy(z, draw_noise(z.shape, generator, z.device), level, dynamics.k_max)
+    _, h, cache = dynamics(z, level, torch.zeros_like(level), actions, cache=cache)
     return h, cache
 
 
 def predict_frame(dynamics: Dynamics, actions: dict, cache: dict, n_steps: int, shape: tuple, generator=None):
     """z (B, 1, N, Z) of the next frame, `n_steps` Euler steps away from noise; actions of one row. The cache stays."""
-    z = torch.randn(shape, generator=generator).to(actions["movement"].device)
+    z = draw_noise(shape, generator, actions["movement"].device)
     step = torch.full(shape[:2], (dynamics.k_max // n_steps).bit_length() - 1, device=z.device)
     for i in range(n_steps):
         level = torch.full(shape[:2], i * dynamics.k_max // n_steps, device=z.device)
@@ -838,34 +752,35 @@ def open_loop(
 
 
 class AgentPlayer:
-    """The agent at play, one frame at a time, in E games at once. An action is movement * 2^A + the keys as bits."""
+    """The agent at play, one frame at a time, in E games at once; the game of a seed does not depend on the others. An
+    action is movement * 2^A + the keys as bits."""
 
-    def __init__(self, networks: "Networks", pack: int, sample: bool, device):
-        self.tokenizer, self.dynamics, self.heads = (m.eval() for m in networks.modules.values())
-        self.size, self.pack, self.sample, self.device = networks.sizes["tokenizer"]["size"], pack, sample, device
-        self.bits = torch.arange(networks.sizes["heads"]["n_keys"])
+    def __init__(self, networks: dict[str, nn.Module], sample: bool, device):
+        self.tokenizer, self.dynamics, self.heads = (networks[name].eval() for name in BUILD)
+        self.sample, self.device, self.bits = sample, device, torch.arange(self.heads.n_keys)
 
     def reset(self, seeds: list[int]):
         """Begin a game for each seed."""
-        self.seen, self.known, self.generator = {}, {}, torch.Generator().manual_seed(seeds[0])
+        self.seen, self.known, self.generators = {}, {}, [torch.Generator().manual_seed(seed) for seed in seeds]
         self.took(np.zeros(len(seeds), np.int64))
         self.last["act_valid"] = torch.zeros(len(seeds), 1, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
     def act(self, screens: np.ndarray) -> np.ndarray:
         """uint8 (E, H, W, 3) -> actions (E,)"""
-        frames = resize(torch.tensor(screens, device=self.device).movedim(-1, 1), self.size, self.size)
+        frames = resize(torch.tensor(screens, device=self.device).movedim(-1, 1), *[self.tokenizer.size] * 2)
         z, self.seen = self.tokenizer.encode(frames[:, None].float() / 255, cache=self.seen)
-        z = z.reshape(len(z), 1, z.shape[2] // self.pack, -1).half().float()  # as in the packed data
-        h, self.known = look(self.dynamics, z, self.last, self.known, self.generator)
+        z = z.half().float()  # as `encode_rows` keeps it
+        h, self.known = look(self.dynamics, z, self.last, self.known, self.generators)
         logits = self.heads.policy(h)[:, 0, 0].cpu()  # (E, M + A), of the next row
-        moving, p = logits[:, : self.heads.n_movement], logits[:, self.heads.n_movement :].sigmoid()
+        moving, pressing = logits.split([self.heads.n_movement, self.heads.n_keys], -1)
         if self.sample:
-            movement = torch.multinomial(moving.softmax(-1), 1, generator=self.generator)[:, 0]
-            keys = torch.rand(p.shape, generator=self.generator) < p
+            chance = torch.stack([torch.rand(logits.shape[1], generator=one) for one in self.generators])
+            moving = moving - (-chance[:, : moving.shape[1]].log()).log()  # the largest is a draw (Gumbel)
+            keys = chance[:, moving.shape[1] :] < pressing.sigmoid()
         else:
-            movement, keys = moving.argmax(-1), p > 0.5
-        return ((movement << len(self.bits)) + (keys.long() << self.bits).sum(-1)).numpy()
+            keys = pressing > 0
+        return ((moving.argmax(-1) << len(self.bits)) + (keys.long() << self.bits).sum(-1)).numpy()
 
     def took(self, actions: np.ndarray):
         """What was really done (E,) leads to the next frame."""
@@ -877,41 +792,27 @@ class AgentPlayer:
         }
 
 
-# evaluation: held-out episodes, and the game itself -------------------------------------------------------------------
-def psnr(error: torch.Tensor, weight: torch.Tensor | float = 1.0) -> float:
-    """Decibels of squared errors in 0..1, of those that `weight` counts."""
-    weight = torch.as_tensor(weight, dtype=error.dtype).expand_as(error)
-    return float(-10 * torch.log10((error * weight).sum() / weight.sum().clamp(min=1) + 1e-12))
-
-
-def foreground(frames: torch.Tensor, mean_frame: torch.Tensor) -> torch.Tensor:
-    """Which pixels (..., 1, H, W) differ from the mean frame; frames (..., 3, H, W)."""
-    return ((frames - mean_frame).abs().amax(-3, keepdim=True) > FOREGROUND).float()
-
-
+# evaluation: whole held-out episodes ----------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: Tokenizer, rows: Rows, device) -> dict[str, float]:
+def evaluate_tokenizer(tokenizer: Tokenizer, held: Rows, device) -> dict[str, float]:
     """Quality of the frames after encoding and decoding, beside the mean frame's."""
     tokenizer.eval()
-    errors = {"all": [], "front": [], "mean": [], "mean_front": []}
-    for first, stop in rows.runs:
+    quality = {way: (Decibels(), Decibels()) for way in ("made", "mean")}  # of all pixels, of the foreground
+    for run in chunks(held):
         seen, shown = {}, {}
-        for start in range(first, stop, 64):
-            real = as_pictures(rows.frames[start : min(stop, start + 64)], device)[None]
+        for part in run:
+            real = as_pictures(held.frames[part], device)[None]
             z, seen = tokenizer.encode(real, cache=seen)
             made, shown = tokenizer.decode(z, cache=shown)
             front = foreground(real, tokenizer.mean_frame)
-            for name, picture in (("", made.clamp(0, 1)), ("mean", tokenizer.mean_frame)):
-                error = (picture - real).square()
-                errors[name or "all"].append([float(error.sum()), error.numel()])
-                errors[f"{name}_front".strip("_")].append([float((error * front).sum()), 3 * float(front.sum())])
-    mse = {name: np.divide(*np.sum(parts, 0)) for name, parts in errors.items()}
-    decibels = {name: float(-10 * np.log10(error + 1e-12)) for name, error in mse.items()}
+            for way, frames in (("made", made.clamp(0, 1)), ("mean", tokenizer.mean_frame)):
+                quality[way][0].add(frames, real)
+                quality[way][1].add(frames, real, front)
     return {
-        "eval/psnr": decibels["all"],
-        "eval/psnr_mean_frame": decibels["mean"],
-        "eval/psnr_foreground": decibels["front"],
-        "eval/psnr_foreground_mean_frame": decibels["mean_front"],
+        "eval/psnr": quality["made"][0].value(),
+        "eval/psnr_mean_frame": quality["mean"][0].value(),
+        "eval/psnr_foreground": quality["made"][1].value(),
+        "eval/psnr_foreground_mean_frame": quality["mean"][1].value(),
     }
 
 
@@ -928,284 +829,75 @@ def open_loop_windows(rows: Rows) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate_dynamics(
-    dynamics: Dynamics, tokenizer: Tokenizer | None, rows: Rows, n_steps: int, device, limit: int = 64
+    dynamics: Dynamics, tokenizer: Tokenizer | None, held: Rows, n_steps: int, device, limit: int = 64
 ):
     """Open-loop predictions on windows of held-out runs, beside holding the last frame, and with the actions of another
     window. Returns metrics at 8 frames ahead, a table per horizon, and pictures of one window."""
     dynamics.eval()
-    length, starts = START + max(HORIZONS), open_loop_windows(rows)
-    chosen = starts[np.linspace(0, len(starts) - 1, min(limit, len(starts))).astype(int)]
-    batch = gather(rows, chosen, length, 0, device)
-    z = batch["z"]
-    other = {name: torch.cat([batch[name][:, :START], batch[name].roll(1, 0)[:, START:]], 1) for name in ACTION}
+    length, windows = START + max(HORIZONS), open_loop_windows(held)
+    windows = windows[np.linspace(0, len(windows) - 1, min(limit, len(windows))).astype(int)]
+    batch = gather(held, windows, length, 0, device)
+    z, half = batch["z"], len(windows) // 2  # the window half of all away is of another game, or long after
+    other = {name: torch.cat([batch[name][:, :START], batch[name].roll(half, 0)[:, START:]], 1) for name in ACTION}
 
     def predict(actions: dict, steps: int, seed: int) -> torch.Tensor:
         return open_loop(dynamics, z, actions, START, steps, torch.Generator().manual_seed(seed))
 
-    one_step = predict(batch, 1, 0)
-    ways = {
-        "one_step": one_step,
-        "sample": predict(batch, n_steps, 0),
-        "shuffled": predict(other, 1, 0),
-        "hold_last": z[:, START - 1 : START].expand_as(one_step),
-    }
-    ways["mean_of_4"] = torch.stack([ways["sample"], *(predict(batch, n_steps, seed) for seed in (1, 2, 3))]).mean(0)
-    at = [h - 1 for h in HORIZONS]
-    table = {
-        f"latent_mse_{way}": (made - z[:, START:]).square().mean((0, 2, 3))[at].tolist() for way, made in ways.items()
-    }
+    samples = [predict(batch, n_steps, seed) for seed in range(4)]
+    made = {"one_step": predict(batch, 1, 0), "sample": samples[0], "mean_of_4": torch.stack(samples).mean(0)}
+    made |= {"shuffled": predict(other, 1, 0), "hold_last": z[:, START - 1 : START].expand_as(samples[0])}
+    at, table = [h - 1 for h in HORIZONS], {"windows": len(windows), "horizons": list(HORIZONS)}
+    for way, latents in made.items():
+        table[f"latent_mse_{way}"] = (latents - z[:, START:]).square().mean((0, 2, 3))[at].tolist()
     metrics = {
         "eval/latent_mse": table["latent_mse_one_step"][3],
         "eval/latent_mse_sample": table["latent_mse_sample"][3],
         "eval/latent_mse_hold_last": table["latent_mse_hold_last"][3],
         "eval/action_shuffle_ratio": table["latent_mse_shuffled"][3] / table["latent_mse_one_step"][3],
     }
-    pictures = None
-    if tokenizer is not None:
-        index = torch.tensor(chosen[:, :1]) + torch.arange(length)
-        real = as_pictures(rows.frames[index], device)  # (W, T, 3, H, W)
-        front = foreground(real, tokenizer.mean_frame)[:, START:].expand(-1, -1, 3, -1, -1)
-        context = z[:, :START]
-        made = {
-            way: decode_latents(tokenizer, torch.cat([context, ways[way]], 1))[:, START:]
-            for way in ("one_step", "sample")
-        }
-        made["hold_last"] = real[:, START - 1 : START].expand_as(front)  # the picture itself, not what the latents keep
-        made["ceiling"] = decode_latents(tokenizer, z)[:, START:]
-        for way, frames in made.items():
-            error = (frames - real[:, START:]).square()
-            table[f"psnr_{way}"] = [psnr(error[:, t]) for t in at]
-            table[f"psnr_foreground_{way}"] = [psnr(error[:, t], front[:, t]) for t in at]
-        metrics |= {
-            "eval/predicted_psnr_foreground": table["psnr_foreground_one_step"][3],
-            "eval/predicted_psnr_foreground_hold_last": table["psnr_foreground_hold_last"][3],
-            "eval/predicted_psnr_foreground_ceiling": table["psnr_foreground_ceiling"][3],
-        }
-        w = int(front.sum((1, 2, 3, 4)).argmax())  # where most is to be seen
-        pictures = {"real": real[w, START:], "predicted": made["sample"][w], "one step": made["one_step"][w]}
-    return metrics, {"horizons": list(HORIZONS), **table}, pictures
+    if tokenizer is None:
+        return metrics, table, None
+    index = torch.tensor(windows[:, :1]) + torch.arange(length)
+    real = as_pictures(held.frames[index], device)  # (W, T, 3, H, W)
+    real, before = real[:, START:], real[:, START - 1 : START]
+    front = foreground(real, tokenizer.mean_frame)
 
+    def show(latents: torch.Tensor) -> torch.Tensor:
+        return tokenizer.decode(torch.cat([z[:, :START], latents], 1))[0][:, START:].clamp(0, 1)
 
-def action_code(movement: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """One number (R,) for an action, movement (R,) and keys (R, A)."""
-    return movement + 1000 * (keys.astype(np.int64) @ (1 << np.arange(keys.shape[1], dtype=np.int64)))
-
-
-def pairs_of_actions(rows: Rows) -> np.ndarray:
-    """(P,) rows that have an action and, before it in the same run, another."""
-    known = rows.act_valid.numpy().copy()
-    known[rows.runs[:, 0]] = False
-    return np.flatnonzero(known & np.r_[False, rows.act_valid.numpy()[:-1]])
-
-
-def action_baselines(train: Rows, held: Rows, n_movement: int) -> dict[str, float]:
-    """What counting the training actions, each alone and after the last one, predicts of the held-out ones: negative
-    log-likelihoods, and where the action changes the accuracy of the best guess that is not the last one."""
-    now, then = pairs_of_actions(held), pairs_of_actions(train)
-    columns = [(held.movement.numpy(), train.movement.numpy(), n_movement)]
-    columns += [(h.long().numpy(), t.long().numpy(), 2) for h, t in zip(held.keys.T, train.keys.T, strict=True)]
-    marginal = markov = 0.0
-    for of_held, of_train, n in columns:
-        counts = np.ones((n, n))
-        np.add.at(counts, (of_train[then - 1], of_train[then]), 1)
-        given_last, alone = counts / counts.sum(1, keepdims=True), counts.sum(0) / counts.sum()
-        marginal -= np.log(alone[of_held[now]]).mean()
-        markov -= np.log(given_last[of_held[now - 1], of_held[now]]).mean()
-    codes = {name: action_code(r.movement.numpy(), r.keys.numpy()) for name, r in (("held", held), ("train", train))}
-    before, after = codes["train"][then - 1], codes["train"][then]
-    guess = {}
-    for last in np.unique(codes["held"][now - 1]):
-        follows = after[(before == last) & (after != last)]
-        follows = follows if len(follows) else after[after != last]
-        guess[last] = (
-            np.unique_counts(follows).values[np.unique_counts(follows).counts.argmax()] if len(follows) else -1
-        )
-    last, true = codes["held"][now - 1], codes["held"][now]
-    changed = last != true
-    hit = np.array([guess[code] for code in last]) == true
-    return {
-        "eval/policy_nll_marginal": float(marginal),
-        "eval/policy_nll_markov": float(markov),
-        "eval/action_accuracy_repeat_last": float((~changed).mean()),
-        "eval/change_accuracy_markov": float(hit[changed].mean()) if changed.any() else float("nan"),
+    shown = {"one_step": show(made["one_step"]), "sample": show(made["sample"]), "ceiling": show(z[:, START:])}
+    shown["hold_last"] = before.expand_as(real)  # the frame itself, not what the latents keep of it
+    for way, frames in shown.items():
+        table[f"psnr_{way}"] = [psnr(frames[:, t], real[:, t]) for t in at]
+        table[f"psnr_foreground_{way}"] = [psnr(frames[:, t], real[:, t], front[:, t]) for t in at]
+    metrics |= {
+        "eval/predicted_psnr_foreground": table["psnr_foreground_one_step"][3],
+        "eval/predicted_psnr_foreground_hold_last": table["psnr_foreground_hold_last"][3],
+        "eval/predicted_psnr_foreground_ceiling": table["psnr_foreground_ceiling"][3],
     }
+    w = int(front.sum((1, 2, 3, 4)).argmax())  # where most is to be seen
+    return metrics, table, {"real": real[w], "predicted": shown["sample"][w], "one step": shown["one_step"][w]}
 
 
 @torch.no_grad()
 def evaluate_agent(dynamics: Dynamics, heads: Heads, train: Rows, held: Rows, key_names: list[str], device):
-    """Policy and reward head on whole held-out runs, beside what counting predicts. Returns metrics and a table."""
+    """Policy, reward and continue head on whole held-out runs, beside what counting predicts. Metrics and tables."""
     dynamics.eval(), heads.eval()
-    generator, h, M = torch.Generator().manual_seed(0), [], heads.n_movement
-    for first, stop in held.runs:
+    generator, h = torch.Generator().manual_seed(0), []
+    for run in chunks(held):
         cache = {}
-        for start in range(first, stop, 64):
-            part = slice(start, min(stop, start + 64))
+        for part in run:
             actions = {name: getattr(held, name)[part][None].to(device) for name in ACTION}
             read, cache = look(dynamics, held.z[part][None].float().to(device), actions, cache, generator)
             h.append(read[0])
-    h = torch.cat(h)
-    now = pairs_of_actions(held)
-    logits = heads.policy(h)[:, 0].cpu()[now - 1]  # row t chooses the action of t + 1
-    movement, keys = held.movement[now], held.keys[now]
-    p_keys = logits[:, M:].sigmoid()
-    guess = {"greedy": (logits[:, :M].argmax(-1), p_keys > 0.5)}
-    guess["sampled"] = (
-        torch.multinomial(logits[:, :M].softmax(-1), 1, generator=generator)[:, 0],
-        torch.rand(p_keys.shape, generator=generator) < p_keys,
-    )
-    last, true = (action_code(held.movement[i].numpy(), held.keys[i].numpy()) for i in (now - 1, now))
-    changed = last != true
-    hits = {way: action_code(m.numpy(), k.numpy()) == true for way, (m, k) in guess.items()}
-    metrics = {
-        "eval/policy_nll": float(action_nll(logits, movement, keys).mean()),
-        "eval/action_accuracy": float(hits["greedy"].mean()),
-        "eval/action_accuracy_sampled": float(hits["sampled"].mean()),
-        "eval/change_accuracy": float(hits["greedy"][changed].mean()),
-        "eval/change_accuracy_sampled": float(hits["sampled"][changed].mean()),
-    }
-    codes, log_p = joint_log_probs(logits, M)
-    other = torch.where(torch.tensor(codes)[None] == torch.tensor(last)[:, None], -torch.inf, log_p)
-    metrics["eval/change_accuracy_not_last"] = float((codes[other.argmax(-1).numpy()] == true)[changed].mean())
-    metrics |= action_baselines(train, held, M)
-    per_key = {}
-    for a, name in enumerate(key_names):
-        on, said = keys[:, a] > 0.5, p_keys[:, a] > 0.5
-        hit = float((on & said).sum())
-        precision, recall = hit / max(1.0, float(said.sum())), hit / max(1.0, float(on.sum()))
-        per_key[name] = {
-            "rate": float(on.float().mean()),
-            "predicted_rate": float(said.float().mean()),
-            "precision": precision,
-            "recall": recall,
-            "f1": 2 * precision * recall / max(1e-9, precision + recall),
-        }
-
-    predicted = twohot_decode(heads.reward(h), heads.reward_bins).cpu()  # (R, L)
-    run_of = np.searchsorted(held.runs[:, 0], np.arange(len(h)), "right") - 1
-    ahead, valid, reward = [], held.rew_valid.numpy(), held.reward.numpy()
-    for n in range(predicted.shape[1]):
-        t = np.arange(len(h) - n)
-        t = t[(run_of[t] == run_of[t + n]) & valid[t + n]]
-        ahead.append(
-            {"gain": auc(reward[t + n] > 0, predicted[t, n]), "loss": auc(reward[t + n] < 0, -predicted[t, n])}
-        )
-    events = valid & (reward != 0)
-    metrics |= {
-        "eval/reward_auc": ahead[0]["gain"],
-        "eval/reward_auc_loss": ahead[0]["loss"],
-        "eval/reward_mean": float(predicted[valid, 0].mean()),
-        "eval/reward_mean_true": float(reward[valid].mean()),
-        "eval/reward_clamped": float((np.abs(reward) > float(heads.reward_bins[-1])).mean()),
-    }
-    table = {
-        "per_key": per_key,
-        "reward_auc_ahead": ahead,
-        "change_frames": int(changed.sum()),
-        "events": int(events.sum()),
-    }
-    table["reward_on_events"] = {
-        "true": reward[events].tolist(),
-        "predicted": predicted[events, 0].tolist(),
-        "elsewhere": float(predicted[valid & ~events, 0].mean()),
-    }
-    return metrics, table
+    h = torch.cat(h)  # (R, D)
+    metrics, table = score_policy(heads.policy(h)[:, 0].cpu(), train, held, key_names)
+    predicted = twohot_decode(heads.reward(h), heads.reward_bins).cpu().numpy()  # (R, L)
+    found, more = score_reward(predicted, -heads.cont(h)[:, 0, 0].cpu().numpy(), held)
+    return metrics | found, table | more
 
 
-def joint_log_probs(logits: torch.Tensor, n_movement: int) -> tuple[np.ndarray, torch.Tensor]:
-    """All actions as codes (J,) and their log-probabilities (R, J) of logits (R, M + A); the first 6 keys vary."""
-    n_keys = logits.shape[-1] - n_movement
-    sets = (np.arange(1 << min(6, n_keys))[:, None] >> np.arange(n_keys)) & 1  # (2^A, A)
-    movement, keys = np.repeat(np.arange(n_movement), len(sets)), np.tile(sets, (n_movement, 1))
-    pressed = torch.tensor(keys, dtype=logits.dtype)
-    log_p = logits[:, :n_movement].log_softmax(-1)[:, movement]
-    on, off = F.logsigmoid(logits[:, n_movement:]), F.logsigmoid(-logits[:, n_movement:])
-    return action_code(movement, keys), log_p + on @ pressed.T + off @ (1 - pressed).T
-
-
-def auc(event: np.ndarray, score: torch.Tensor) -> float:
-    """Area under the ROC curve, NaN where all or none are events."""
-    return float(roc_auc_score(event, score)) if 0 < event.sum() < len(event) else float("nan")
-
-
-def evaluate_play(args: Args, meta: dict, agents: dict[str, AgentPlayer]) -> dict:
-    """Scores of the agents, of random play and of the recorded mix, over the same seeds, with 95 % intervals."""
-    from retro_env.airstriker import make_player, spread
-    from retro_env.play import Crowd, interval, make_envs, play_games
-
-    seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
-    envs = make_envs(args.env_id, min(args.num_envs, len(seeds)), args.max_steps)
-    try:
-        n_actions = meta["n_movement"] << len(meta["keys"])
-        if envs.single_action_space.n != n_actions:
-            raise ValueError(
-                f"{args.env_id} takes {envs.single_action_space.n} actions, {args.data_dir}/meta.json has {n_actions}: "
-                f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
-            )
-        names = {"random": ["random"] * len(seeds)}
-        if isinstance(meta.get("source"), dict) and meta["source"].get("players"):
-            names["mix"] = list(islice(spread(meta["source"]["players"]), len(seeds)))
-        players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
-        played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
-    finally:
-        envs.close()
-    scores = {name: np.array([game["score"] for game in games]) for name, (games, _) in played.items()}
-    ahead = {name: interval(score - scores["random"]) for name, score in scores.items() if name != "random"}
-    return {
-        "env_id": args.env_id,
-        "score": {name: interval(score) for name, score in scores.items()},
-        "minus_random": ahead,
-        "decisions_per_second": {name: played[name][1] for name in agents},
-        "games": {name: games for name, (games, _) in played.items()},
-    }
-
-
-def draw_open_loop(run_dir: Path, table: dict, pictures: dict | None, fps: float):
-    """open_loop.png: error over the horizon, and real and predicted frames where there are any; open_loop.mp4."""
-    figure = Figure(figsize=(10, 4 if pictures is None else 7), layout="constrained")
-    rows = figure.subplots(1 if pictures is None else 2, 1, squeeze=False)[:, 0]
-    for way in ("one_step", "sample", "mean_of_4", "shuffled", "hold_last"):
-        rows[0].plot(table["horizons"], table[f"latent_mse_{way}"], "o-", markersize=3, label=way.replace("_", " "))
-    rows[0].set(xlabel="frames ahead", ylabel="squared error of the latents", ylim=(0, None))
-    rows[0].legend(fontsize="small")
-    if pictures is not None:
-        strips = {
-            name: frames[[h - 1 for h in HORIZONS]].movedim(1, -1).cpu().numpy() for name, frames in pictures.items()
-        }
-        rows[1].imshow(np.concatenate([np.concatenate(list(strip), 1) for strip in strips.values()]), aspect="auto")
-        size = len(strips["real"][0])
-        rows[1].set_yticks([size * (i + 0.5) for i in range(len(strips))], list(strips))
-        rows[1].set_xticks([size * (i + 0.5) for i in range(len(HORIZONS))], [f"{h} ahead" for h in HORIZONS])
-        side_by_side = torch.cat([frames for frames in pictures.values()], -1)  # (T, 3, H, 3 * W)
-        film = (side_by_side.movedim(1, -1) * 255).byte().cpu().numpy().repeat(4, 1).repeat(4, 2)
-        video = VideoWriter(run_dir / "open_loop.mp4", fps, film.shape[2], film.shape[1], crf=20)
-        for picture in film:
-            video.add(picture)
-        video.close()
-    figure.savefig(run_dir / "open_loop.png", dpi=110)
-
-
-def report(metrics: dict, tables: dict):
-    """For the terminal."""
-    if "open_loop" in tables:
-        table = tables["open_loop"]
-        print(f"\n{'frames ahead':<34}" + "".join(f"{h:>9}" for h in table["horizons"]))
-        for name, row in table.items():
-            if name != "horizons":
-                print(f"{name:<34}" + "".join(f"{x:>9.4f}" if "mse" in name else f"{x:>9.1f}" for x in row))
-    print()
-    for name, metric in metrics.items():
-        print(f"{name.removeprefix('eval/'):<40}{metric:>9.4f}")
-
-
-# main -----------------------------------------------------------------------------------------------------------------
-def draw_clips(windows: np.ndarray, length: int, clip: int) -> np.ndarray:
-    """(B, clip) rows, anywhere inside each window (B, 2) of `length`; a run that is shorter repeats its last."""
-    stop = np.minimum(windows[:, 0] + length, windows[:, 1])
-    places = np.maximum(stop - windows[:, 0] - clip + 1, 1)
-    first = windows[:, 0] + (torch.rand(len(windows)).numpy() * places).astype(np.int64)
-    return np.minimum(first[:, None] + np.arange(clip), stop[:, None] - 1)
-
-
+# training ------------------------------------------------------------------------------------------------------------
 def tokenizer_terms(tokenizer: Tokenizer, rows: Rows, clips: np.ndarray, args: Args, device) -> dict:
     """Scalar `recon` on clips, rows (B, T), with patches hidden; each image draws how many."""
     frames = as_pictures(rows.frames[clips], device)  # (B, T, 3, H, W)
@@ -1249,25 +941,132 @@ def world_terms(
     return terms
 
 
+BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads}
+TERMS = {  # what each phase minimises: TensorBoard's name of the loss, and of the RMS that it is divided by
+    "tokenizer": {"recon": ("train/recon_loss", "train/recon_rms")},
+    "dynamics": {"dynamics": ("train/dynamics_loss", "train/dynamics_rms")},
+    "agent": {
+        "dynamics": ("train/dynamics_loss", "train/dynamics_rms"),
+        "policy": ("train/policy_loss", "train/policy_rms"),
+        "reward": ("train/reward_loss", "train/reward_rms"),
+        "cont": ("train/cont_loss", "train/cont_rms"),
+    },
+}
+PARTS = {  # of those, to look at
+    "flow": "train/flow_loss",
+    "bootstrap": "train/bootstrap_loss",
+    "policy_next": "train/policy_next_loss",
+    "reward_now": "train/reward_now_loss",
+    "policy_pairs": "train/policy_pairs",
+}
+
+
+def build(name: str, sizes: dict, device) -> nn.Module:
+    network = BUILD[name](**sizes).to(device)
+    network.sizes = sizes
+    return network
+
+
+def network_sizes(phase: str, args: Args, meta: dict, rows: Rows, networks: dict) -> tuple[str, dict]:
+    """The network that a phase begins with: its name, and what builds it."""
+    p, actions = PRESETS[args.preset], {"n_movement": meta["n_movement"], "n_keys": len(meta["keys"])}
+    if phase == "tokenizer":
+        sizes = {"size": p.frame_size, "patch": p.patch, "dim": p.tokenizer_dim, "layers": p.tokenizer_layers}
+        sizes |= {"heads": p.tokenizer_heads, "n_latents": p.n_latents, "latent_dim": p.latent_dim, "pack": p.pack}
+        sizes |= {"time_every": p.tokenizer_time_every, "clip": p.clip, "grid": args.latents == "grid"}
+        return "tokenizer", sizes
+    if phase == "dynamics":
+        sizes = {"z_shape": list(rows.z.shape[1:]), "bounded": bool(rows.z.abs().max() <= 1), "dim": p.dim}
+        sizes |= {"layers": p.layers, "heads": p.heads, "kv_heads": p.kv_heads, "registers": p.registers}
+        return "dynamics", sizes | actions | {"time_every": p.time_every, "k_max": p.k_max, "context": p.context}
+    reward = max(args.reward_range, float(symlog(rows.reward.abs().max())))  # as wide as the data need
+    sizes = {"dim": networks["dynamics"].sizes["dim"], "ahead": args.mtp, "reward_limit": reward}
+    return "heads", sizes | actions | {"value_limit": max(args.value_range, reward)}
+
+
+def print_bins(reward: torch.Tensor, bins: torch.Tensor):
+    """What the rewards (R,) use of the bins."""
+    events = reward[reward != 0]
+    low, _ = twohot_neighbours(events, bins)
+    print(
+        f"rewards {reward.min():g} to {reward.max():g}, {len(events):,} not 0, in {len(low.unique())} of {N_BINS} bins "
+        f"of -{bins[-1]:g} to {bins[-1]:g}; {float((reward.abs() > bins[-1]).float().mean()):.2%} clamped"
+    )
+    least = float(events.abs().min()) if len(events) else math.inf
+    if least < bins[N_BINS // 2 + 1] / 4:
+        print(f"the least reward, {least:g}, is below a quarter of a bin: scale it up, or lower --reward-range")
+
+
+def tokenizer_id(networks: dict[str, nn.Module]) -> str | None:
+    """SHA-256 over its weights; None without one."""
+    if "tokenizer" not in networks:
+        return None
+    tensors = networks["tokenizer"].state_dict().values()
+    return hashlib.sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in tensors)).hexdigest()[:16]
+
+
+def action_spec(meta: dict) -> dict:
+    return {name: meta.get(name) for name in ("n_movement", "movements", "keys", "fps")}
+
+
+def load_networks(state: dict, names: list[str], device) -> dict[str, nn.Module]:
+    """Of a checkpoint, strictly: every tensor of each."""
+    networks = {name: build(name, state["sizes"][name], device) for name in names}
+    for name, network in networks.items():
+        network.load_state_dict(state["models"][name])
+    return networks
+
+
+def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str]]:
+    """The networks that the checkpoint flags name, and the phases that are done by it. Raises ValueError for
+    checkpoints that do not belong together, or not to the data."""
+    given = {
+        "tokenizer": args.tokenizer_checkpoint,
+        "dynamics": args.dynamics_checkpoint,
+        "agent": args.agent_checkpoint,
+    }
+    states = {phase: (path, runs.load_checkpoint(Path(path))) for phase, path in given.items() if path}
+    networks, done = {}, []
+    for phase, (path, state) in states.items():
+        done = list(PHASES[: PHASES.index(phase) + 1])
+        names = [name for name in list(BUILD)[: len(done)] if name != "tokenizer" or "frame_shape" in meta]
+        missing = [name for name in names if name not in state.get("models", {})]
+        if missing:
+            raise ValueError(f"{path} holds no {missing[0]}. Name the {phase}.pt of a run of {Path(__file__).name}")
+        if phase != "tokenizer" and state["action_spec"] != action_spec(meta):
+            found = f"{state['action_spec']}, {args.data_dir} has {action_spec(meta)}"
+            raise ValueError(f"{path} was trained on the actions {found}. Name the data that it was trained on")
+        first_path, first = next(iter(states.values()))
+        if state["tokenizer_id"] != first["tokenizer_id"]:
+            raise ValueError(f"{path} was trained with another tokenizer than {first_path}. Name that of its run")
+        networks = load_networks(state, names, device)
+    z_shape = networks["dynamics"].sizes["z_shape"] if "dynamics" in networks else meta.get("z_shape")
+    if z_shape != meta.get("z_shape", z_shape):
+        found = f"latents of {z_shape}, {args.data_dir} has {meta['z_shape']}"
+        raise ValueError(f"{path} was trained on {found}. Name the data that it was trained on")
+    size = networks["tokenizer"].size if "tokenizer" in networks else PRESETS[args.preset].frame_size
+    if meta.get("frame_shape", [size, size, 3]) != [size, size, 3]:
+        raise ValueError(
+            f"{args.data_dir} has frames of {meta['frame_shape']}, the tokenizer of --preset {args.preset}, or the one "
+            f"given, takes {size} x {size}. Pack them with pack_episodes.py --frame-size {size}"
+        )
+    return networks, done
+
+
 def check_args(args: Args, meta: dict):
     """Raise ValueError for values that cannot be meant."""
     shares = ("mask_ratio", "bootstrap_ratio", "bootstrap_from", "independent_frame_ratio", "agent_signal")
     wrong = [name for name in shares if not 0 <= getattr(args, name) <= 1]
     if wrong:
         raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: expected 0 to 1")
-    least = {
-        "mtp": 1,
-        "play_episodes": 1,
-        "num_envs": 1,
-        "max_steps": 1,
-        "log_every": 1,
-        "save_every": 1,
-        "batch_size": 0,
-    }
-    least |= {"tokenizer_steps": 0, "dynamics_steps": 0, "agent_steps": 0, "warmup_steps": 0, "long_every": 0}
-    for name, low in least.items():
+    least = dict.fromkeys(("mtp", "play_episodes", "num_envs", "max_steps", "log_every", "save_every"), 1)
+    least |= dict.fromkeys(("batch_size", "tokenizer_steps", "dynamics_steps", "agent_steps"), 0)
+    for name, low in (least | {"warmup_steps": 0, "long_every": 0}).items():
         if getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more")
+    highest = 1 - 1 / PRESETS[args.preset].k_max
+    if args.agent_signal > highest:
+        raise ValueError(f"--agent-signal {args.agent_signal}: no frame is above {highest:g}, no head would learn")
     if args.trunk_lr_scale <= 0 or args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
         found = f"--trunk-lr-scale {args.trunk_lr_scale:g} --sampling-steps {args.sampling_steps}"
         raise ValueError(f"{found}: expected above 0, and 0 or a power of two")
@@ -1283,125 +1082,136 @@ def check_args(args: Args, meta: dict):
         )
 
 
-def fingerprint_of(module: nn.Module) -> str:
-    """SHA-256 over the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def action_spec(meta: dict) -> dict:
-    return {"n_movement": meta["n_movement"], "keys": list(meta["keys"]), "fps": meta["fps"]}
-
-
-BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads}
-TERMS = {  # what each phase minimises, and where TensorBoard has it
-    "tokenizer": {"recon": "train/recon_loss"},
-    "dynamics": {"dynamics": "train/dynamics_loss"},
-    "agent": {
-        "dynamics": "train/dynamics_loss",
-        "policy": "train/policy_loss",
-        "reward": "train/reward_loss",
-        "cont": "train/cont_loss",
-    },
-}
-
-
-PARTS = {"flow": "train/flow_loss", "bootstrap": "train/bootstrap_loss"}  # of the dynamics' loss
-
-
-def network_sizes(phase: str, args: Args, preset: dict, meta: dict, rows: Rows, limits: dict) -> dict[str, dict]:
-    """What builds the network that the phase begins with."""
-    if phase == "tokenizer":
-        return {"tokenizer": preset["tokenizer"] | preset["tokenizer_time"] | {"grid": args.latents == "grid"}}
-    n_movement, n_keys = meta["n_movement"], len(meta["keys"])
-    if phase == "dynamics":
-        z = {"n_tokens": rows.z.shape[1], "token_dim": rows.z.shape[2], "bounded": bool(rows.z.abs().max() <= 1)}
-        return {
-            "dynamics": preset["dynamics"] | preset["dynamics_time"] | z | {"n_movement": n_movement, "n_keys": n_keys}
-        }
-    heads = {"ahead": args.mtp, "reward_limit": limits["reward"], "value_limit": limits["value"]}
-    return {"heads": heads | {"n_movement": n_movement, "n_keys": n_keys}}
-
-
-def bin_limits(args: Args, reward: torch.Tensor) -> dict[str, float]:
-    """Largest bins in symlog units, as wide as the rewards need; prints what the rewards use of them."""
-    limit = max(args.reward_range, float(symlog(reward.abs().max())))
-    bins = symexp_bins(N_BINS, limit)
-    low, _ = twohot_neighbours(reward[reward != 0], bins)
-    least = reward[reward != 0].abs().min() if len(low) else torch.tensor(torch.inf)
-    print(
-        f"rewards {reward.min():g} to {reward.max():g}, {len(low):,} not 0, in {len(low.unique())} of {N_BINS} bins of "
-        f"-{bins[-1]:g} to {bins[-1]:g}, none clamped"
-    )
-    if least < bins[N_BINS // 2 + 1] / 4:
-        print(
-            f"the least reward, {least:g}, is less than a quarter of a bin from 0: scale it up, or lower --reward-range"
-        )
-    return {"reward": limit, "value": max(args.value_range, limit)}
-
-
-class Networks:
-    """The networks by name, and what made them."""
-
-    def __init__(self):
-        self.sizes, self.modules, self.pack = {}, {}, 0  # pack: latents that make a token of the dynamics
-
-    def add(self, name: str, device, **sizes):
-        self.sizes[name], self.modules[name] = sizes, BUILD[name](**sizes).to(device)
-
-    def state(self) -> dict:
-        return {
-            "sizes": dict(self.sizes),
-            "models": {name: module.state_dict() for name, module in self.modules.items()},
-            "fingerprints": {name: fingerprint_of(module) for name, module in self.modules.items()},
-        }
-
-    def load(self, state: dict, names, device):
-        """Strictly: every tensor of every network."""
-        self.pack = state["pack"]
-        for name in names:
-            self.add(name, device, **state["sizes"][name])
-            self.modules[name].load_state_dict(state["models"][name])
-
-
-def load_given(args: Args, meta: dict, networks: Networks, device) -> list[str]:
-    """Load what the checkpoint flags name. Returns the phases that are done by it. Raises ValueError for checkpoints
-    that do not belong together, or not to the data."""
-    needs = {
-        "tokenizer": ("tokenizer",),
-        "dynamics": ("tokenizer", "dynamics"),
-        "agent": ("tokenizer", "dynamics", "heads"),
-    }
-    done, states = [], {}
-    given = {"tokenizer": args.tokenizer_checkpoint, "dynamics": args.dynamics_checkpoint}
-    for phase, path in (given | {"agent": args.agent_checkpoint}).items():
-        if path:
-            states[phase] = (path, runs.load_checkpoint(Path(path)))
-    for phase, (path, state) in states.items():
-        names = [name for name in needs[phase] if name != "tokenizer" or "frame_shape" in meta]
-        missing = [name for name in names if name not in state.get("models", {})]
-        if missing:
-            raise ValueError(f"{path} holds no {missing[0]}. Name the {phase}.pt of a run of {Path(__file__).name}")
-        if phase != "tokenizer" and state["action_spec"] != action_spec(meta):
-            raise ValueError(
-                f"{path} was trained on the actions {state['action_spec']}, {args.data_dir} has {action_spec(meta)}"
-            )
-        first_path, first = next(iter(states.values()))
-        if state["fingerprints"].get("tokenizer") != first["fingerprints"].get("tokenizer"):
-            raise ValueError(f"{path} was trained with another tokenizer than {first_path}. Name that of its run")
-        networks.load(state, names, device)
-        done = list(PHASES[: PHASES.index(phase) + 1])
-    if "tokenizer" in networks.sizes and list(meta["frame_shape"][:2]) != [networks.sizes["tokenizer"]["size"]] * 2:
-        size = networks.sizes["tokenizer"]["size"]
+def split_episodes(args: Args, meta: dict) -> tuple[list[str], list[str]]:
+    """Names of the episodes to train on, and of those held out."""
+    names = sorted(meta["episodes"])
+    held = [name for name in names if fnmatch(name, args.heldout)]
+    if not held and args.heldout != Args.heldout:
+        raise ValueError(f"--heldout {args.heldout}: {args.data_dir} has no such episode, but {', '.join(names[:5])}")
+    held = held or names[-1:]
+    if len(held) == len(names):
         raise ValueError(
-            f"the tokenizer takes {size} x {size} pixels, {args.data_dir} has {meta['frame_shape']}. Pack it with "
-            f"pack_episodes.py --frame-size {size}"
+            f"{args.data_dir}: all its episodes ({len(names)}) are held out by --heldout {args.heldout}. Pack more"
         )
-    return done
+    return [name for name in names if name not in held], held
 
 
+def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, before, device) -> bool:
+    """A phase of `n_steps` updates on its networks, from the checkpoint `resumed` on if that is not None. `save(name,
+    **training)` writes a checkpoint; TensorBoard counts on from `before`. Returns whether a signal stopped it."""
+    preset = PRESETS[args.preset]
+    tokenizer, dynamics, heads = (networks.get(name) for name in BUILD)
+    modules = {"tokenizer": [tokenizer], "dynamics": [dynamics], "agent": [dynamics, heads]}[phase]
+    new = parameters = [p for module in modules for p in module.train().requires_grad_(True).parameters()]
+    if phase == "agent":
+        dynamics.requires_grad_(args.trunk == "finetune")
+        heads.value.requires_grad_(False)  # learns in imagination
+        new = [*dynamics.agent_parameters(), *heads.reward.parameters(), *heads.policy.parameters()]
+        new += heads.cont.parameters()
+        for p in new:
+            p.requires_grad_(True)
+    for trunk in (part for module in modules for part in module.modules() if isinstance(part, Trunk)):
+        trunk.recompute = args.activation_checkpointing
+        for block in trunk.blocks if args.compile_model else ():
+            block.compile()
+    groups = parameter_groups(new, modules, args.lr, args.trunk_lr_scale, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    rms = nn.ModuleDict({name: RunningRMS() for name in TERMS[phase]}).to(device)
+    T, T_long = preset.lengths
+    windows, relevant = choose_windows(rows, T)
+    mixture = np.flatnonzero(relevant) if phase == "agent" and args.reward_mixture else np.zeros(0, np.int64)
+    sampler = WindowSampler(len(windows), mixture, args.seed + PHASES.index(phase))
+    step, frames_seen, skipped = 0, 0, 0
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        rms.load_state_dict(resumed["rms"])
+        sampler.state, step, frames_seen = resumed["sampler"], resumed["step"], resumed["frames_seen"]
+        runs.set_rng_state(resumed["rng"])
+
+    def save_last():
+        writer.flush()  # a run that is killed goes on from here, its curves too
+        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rms": rms.state_dict()}
+        training |= {"sampler": dict(sampler.state), "rng": runs.rng_state(), "threads": torch.get_num_threads()}
+        save("last.pt", step=step, frames_seen=frames_seen, **training)
+
+    B = args.batch_size or preset.batch_sizes[PHASES.index(phase)]
+    progress = tqdm(total=n_steps, initial=step, desc=phase, unit="update")
+    started, first_step, first_frames = time.time(), step, frames_seen
+    with runs.StopSignal() as stop_signal:
+        if not resumed:
+            save_last()
+        while step < n_steps and not stop_signal:
+            # fetch
+            length = T_long if args.long_every and phase != "tokenizer" and (step + 1) % args.long_every == 0 else T
+            chosen, uniform = sampler.draw(max(2, B * T // length))
+            clips = draw_clips(windows[chosen], T, preset.clip) if phase == "tokenizer" else None
+            frames_seen += len(chosen) * (preset.clip if phase == "tokenizer" else length)
+
+            # forward and loss
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                if phase == "tokenizer":
+                    terms = tokenizer_terms(tokenizer, rows, clips, args, device)
+                else:
+                    batch = gather(rows, lengthen(windows[chosen], T, length), length, args.mtp, device)
+                    bootstrap = phase == "agent" or step >= args.bootstrap_from * n_steps
+                    terms = world_terms(dynamics, heads, batch, torch.tensor(uniform, device=device), bootstrap, args)
+            loss = sum(rms[name](terms[name]) for name in TERMS[phase])
+
+            # step
+            for group in optimizer.param_groups:
+                rise, fall = (step + 1) / max(1, args.warmup_steps), 1 - step / n_steps if args.anneal_lr else 1.0
+                group["lr"] = group["base_lr"] * min(1.0, rise) * fall
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                scaler.step(optimizer)
+            skipped = 0 if finite else skipped + 1
+            scaler.update()
+            step += 1
+            progress.update()
+
+            # log
+            if step % args.log_every == 0 or step == n_steps:
+                elapsed = time.time() - started
+                scalars = {PARTS[name]: term.item() for name, term in terms.items() if name in PARTS}
+                for name, (loss_name, rms_name) in TERMS[phase].items():
+                    scalars |= {loss_name: terms[name].item(), rms_name: rms[name].value().item()}
+                scalars |= {
+                    "train/loss": loss.item(),
+                    "train/grad_norm": norm.item(),
+                    "train/reward_windows": float(relevant[chosen].mean()),
+                    "charts/learning_rate": optimizer.param_groups[-1]["lr"],
+                    "charts/SPS": (frames_seen - first_frames) / elapsed,
+                    "charts/frames_seen": frames_seen,
+                    "charts/epoch": sampler.state["epoch"] + sampler.state["position"] / sampler.n,
+                    "time/step_ms": 1000 * elapsed / (step - first_step),
+                }
+                for name, scalar in scalars.items():
+                    writer.add_scalar(name, scalar, before + step)
+                progress.set_postfix({name: f"{terms[name].item():.3f}" for name in TERMS[phase]})
+            if skipped == 20:
+                progress.close()
+                raise FloatingPointError(
+                    f"20 updates in a row, to number {step} of the {phase}, had gradients that are not finite and were "
+                    "left out. Lower --lr"
+                )
+
+            # save
+            if step % args.save_every == 0 or step == n_steps or stop_signal:
+                save_last()
+    progress.close()
+    if step == n_steps:
+        save(f"{phase}.pt")
+    return bool(stop_signal)
+
+
+# main -----------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> dict:
     checkpoint = None
     try:
@@ -1410,53 +1220,41 @@ def main(args: Args) -> dict:
             checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
             torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
         device = runs.pick_device(args.device)
-        preset, data_dir = PRESETS[args.preset], Path(args.data_dir)
+        data_dir = Path(args.data_dir)
         meta = load_meta(data_dir)
         check_args(args, meta)
-        names = sorted(meta["episodes"])
-        held_names = [name for name in names if fnmatch(name, args.heldout)] or names[-1:]
-        train_names = [name for name in names if name not in held_names]
-        if not train_names:
-            raise ValueError(
-                f"{data_dir}: all its episodes ({len(names)}) are held out by --heldout {args.heldout}. Pack more"
-            )
+        train_names, held_names = split_episodes(args, meta)
         rows, held = load_rows(data_dir, train_names, meta), load_rows(data_dir, held_names, meta)
-        data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in names)]
-        networks = Networks()
-        done = load_given(args, meta, networks, device)
+        data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in meta["episodes"])]
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
-            networks.load(checkpoint, checkpoint["models"], device)
-        size = preset["tokenizer"]["size"]
-        if "frame_shape" in meta and not networks.modules and list(meta["frame_shape"][:2]) != [size, size]:
-            raise ValueError(
-                f"{data_dir} has frames of {meta['frame_shape']}, --preset {args.preset} takes {size} x {size}. Pack "
-                f"it with pack_episodes.py --frame-size {size}"
-            )
-        T, T_long = preset["lengths"]
-        windows, relevant = choose_windows(rows, T)
+            networks, done = load_networks(checkpoint, list(checkpoint["models"]), device), checkpoint["done"]
+        else:
+            networks, done = load_given(args, meta, device)
         if args.phase != "tokenizer":
             open_loop_windows(held)  # fail now, not after the training
+        windows, relevant = choose_windows(rows, PRESETS[args.preset].lengths[0])
         if not len(windows):
-            raise ValueError(f"{data_dir}: no run of two frames to train on. {REPACK}")
+            raise ValueError(f"{data_dir}: no run of two frames to train on. Pack longer ones with pack_episodes.py")
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    last = {"tokenizer": 0, "dynamics": 1, "agent": 2, "all": 2, "eval": -1}[args.phase]
-    phases = [p for p in PHASES[: last + 1] if p not in done and (p != "tokenizer" or "frame_shape" in meta)]
+    n_phases = {"tokenizer": 1, "dynamics": 2, "agent": 3, "all": 3, "eval": 0}[args.phase]
+    phases = [p for p in PHASES[:n_phases] if p not in done and (p != "tokenizer" or "frame_shape" in meta)]
 
     # run folder
     if checkpoint:
         run_dir = Path(args.resume)
+        provenance = json.loads((run_dir / "provenance.json").read_text())
     else:
         run_dir = runs.make_run_dir(args, __file__, data_dir.resolve().name)
-        runs.write_provenance(run_dir, data_files, device=str(device))
+        provenance = runs.write_provenance(run_dir, data_files, device=str(device))
         runs.write_json(run_dir / "split.json", {"train": train_names, "heldout": held_names})
     if args.track:
         import wandb
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
-    given = {"tokenizer": args.tokenizer_steps, "dynamics": args.dynamics_steps, "agent": args.agent_steps}
-    updates = {phase: steps or preset["steps"][phase] for phase, steps in given.items()}
+    steps = (args.tokenizer_steps, args.dynamics_steps, args.agent_steps)
+    updates = {p: n or preset for p, n, preset in zip(PHASES, steps, PRESETS[args.preset].steps, strict=True)}
     before = {p: sum(updates[q] for q in phases[:i]) for i, p in enumerate(phases)}  # TensorBoard goes on counting
     start = before[checkpoint["phase"]] + checkpoint["step"] if checkpoint else 0
     writer = SummaryWriter(str(run_dir), purge_step=start + 1 if checkpoint else None)
@@ -1467,186 +1265,72 @@ def main(args: Args) -> dict:
         f"({', '.join(held_names)})"
     )
     print(
-        f"{len(windows):,} windows of {T} rows, {int(relevant.sum()):,} with a reward; on {device}: "
+        f"{len(windows):,} windows, {int(relevant.sum()):,} with a reward; on {device}: "
         f"{', '.join(phases) or 'evaluation'}"
     )
-    limits = bin_limits(args, rows.reward)
 
-    dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
-    pack = networks.pack or preset["pack"]
+    # training
     for phase in phases:
         if checkpoint and PHASES.index(phase) < PHASES.index(checkpoint["phase"]):
             continue
-        # networks and optimiser of the phase
         resumed = checkpoint if checkpoint and checkpoint["phase"] == phase else None
         runs.seed_everything(args.seed + PHASES.index(phase), args.torch_deterministic)
         if phase != "tokenizer" and rows.z is None:
-            rows.z = encode_rows(networks.modules["tokenizer"], rows, pack, device)
-        for name, sizes in network_sizes(phase, args, preset, meta, rows, limits).items():
-            if name not in networks.modules:
-                networks.add(
-                    name, device, **sizes | ({"dim": networks.sizes["dynamics"]["dim"]} if name == "heads" else {})
-                )
-        tokenizer, dynamics, heads = (networks.modules.get(name) for name in ("tokenizer", "dynamics", "heads"))
+            rows.z = encode_rows(networks["tokenizer"], rows, device)
+        name, sizes = network_sizes(phase, args, meta, rows, networks)
+        if name not in networks:
+            networks[name] = build(name, sizes, device)
         if phase == "tokenizer" and not resumed:
-            tokenizer.mean_frame.copy_(as_pictures(rows.frames.mean(0, dtype=np.float32), device))
-        trained = {"tokenizer": tokenizer, "dynamics": dynamics, "agent": dynamics}[phase]
-        trained.train().requires_grad_(True)
-        old, new = [], [trained]
+            networks[name].mean_frame.copy_(as_pictures(rows.frames.mean(0, dtype=np.float32), device))
         if phase == "agent":
-            old, new = [dynamics], [heads.reward, heads.policy, heads.cont, *dynamics.agent_parameters()]
-            dynamics.requires_grad_(args.trunk == "finetune")
-            for parameter in dynamics.agent_parameters():
-                parameter.requires_grad_(True)
-        for module in trained.modules():
-            if isinstance(module, Trunk):
-                module.recompute = args.activation_checkpointing
-                if args.compile_model:
-                    for block in module.blocks:
-                        block.compile()
-        groups = parameter_groups(old, new, args.lr, args.trunk_lr_scale, args.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-        rms = nn.ModuleDict({name: RunningRMS() for name in TERMS[phase]}).to(device)
-        mixture = np.flatnonzero(relevant) if phase == "agent" and args.reward_mixture else np.zeros(0, np.int64)
-        sampler = WindowSampler(len(windows), mixture, args.seed + PHASES.index(phase))
-        step = 0
-        if resumed:
-            optimizer.load_state_dict(resumed["optimizer"])
-            scaler.load_state_dict(resumed["scaler"])
-            rms.load_state_dict(resumed["rms"])
-            sampler.state, step = resumed["sampler"], resumed["step"]
-            runs.set_rng_state(resumed["rng"])
+            print_bins(rows.reward, networks[name].reward_bins.cpu())
 
-        def save(path: Path, phase=phase, **training):
-            runs.save_checkpoint(
-                path,
-                networks.state()
-                | {"phase": phase, "pack": pack, "action_spec": action_spec(meta), "action_index": "arrival"}
-                | {"reward": meta.get("reward"), "source": meta.get("source"), "args": dict(vars(args))}
-                | {"script": Path(__file__).name, "run_dir": str(run_dir.resolve())}
-                | training,
-            )
+        def save(name: str, phase=phase, **training):
+            state = {"sizes": {name: network.sizes for name, network in networks.items()}, "done": done, "phase": phase}
+            state |= {"models": {name: network.state_dict() for name, network in networks.items()}}
+            state |= {"tokenizer_id": tokenizer_id(networks), "action_spec": action_spec(meta)}
+            state |= {"action_index": "arrival", "reward": meta.get("reward"), "source": meta.get("source")}
+            state |= {"args": dict(vars(args)), "script": Path(__file__).name, "run_dir": str(run_dir.resolve())}
+            state |= {"commit": provenance["commit"], "dataset_fingerprint": provenance["dataset_fingerprint"]}
+            runs.save_checkpoint(run_dir / name, state | training)
 
-        def save_last(step: int, save=save, optimizer=optimizer, scaler=scaler, rms=rms, sampler=sampler):
-            writer.flush()  # a run that is killed goes on from here, its curves too
-            save(
-                run_dir / "last.pt",
-                step=step,
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-                rms=rms.state_dict(),
-                sampler=dict(sampler.state),
-                rng=runs.rng_state(),
-                threads=torch.get_num_threads(),
-            )
-
-        B, n_steps = args.batch_size or preset["batches"][phase], updates[phase]
-        progress = tqdm(total=n_steps, initial=step, desc=phase, unit="update")
-        started, first_step, frames_seen = time.time(), step, 0
-        with runs.StopSignal() as stop_signal:
-            if not resumed:
-                save_last(0)
-            while step < n_steps and not stop_signal:
-                # fetch
-                length = T_long if args.long_every and phase != "tokenizer" and (step + 1) % args.long_every == 0 else T
-                chosen, uniform = sampler.draw(max(2, B * T // length))
-                uniform = torch.tensor(uniform, device=device)
-
-                # forward and loss
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    if phase == "tokenizer":
-                        clip = preset["tokenizer_time"]["clip"]
-                        terms = tokenizer_terms(tokenizer, rows, draw_clips(windows[chosen], T, clip), args, device)
-                        frames_seen += clip * len(chosen)
-                    else:
-                        batch = gather(rows, windows[chosen], length, args.mtp, device)
-                        bootstrap = phase == "agent" or step >= args.bootstrap_from * n_steps
-                        terms = world_terms(dynamics, heads, batch, uniform, bootstrap, args)
-                        frames_seen += length * len(chosen)
-                loss = sum(rms[name](terms[name]) for name in TERMS[phase])
-
-                # step
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * min(1.0, (step + 1) / max(1, args.warmup_steps))
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                scaler.step(optimizer)
-                scaler.update()
-                step += 1
-                progress.update()
-
-                # log
-                if step % args.log_every == 0 or step == n_steps:
-                    elapsed = time.time() - started
-                    scalars = {
-                        metric: terms[name].item() for name, metric in (TERMS[phase] | PARTS).items() if name in terms
-                    }
-                    scalars |= {
-                        "train/loss": loss.item(),
-                        "train/grad_norm": norm.item(),
-                        "charts/learning_rate": optimizer.param_groups[-1]["lr"],
-                        "charts/SPS": frames_seen / elapsed,
-                        "charts/frames_seen": frames_seen,
-                        "charts/epoch": sampler.state["epoch"] + sampler.state["position"] / sampler.n,
-                        "time/step_ms": 1000 * elapsed / (step - first_step),
-                    }
-                    for name, scalar in scalars.items():
-                        writer.add_scalar(name, scalar, before[phase] + step)
-                    progress.set_postfix({name: f"{term.item():.3f}" for name, term in terms.items()})
-
-                # save
-                if step % args.save_every == 0 or stop_signal:
-                    save_last(step)
-        progress.close()
-        if step == n_steps:
-            save_last(step)
-            save(run_dir / f"{phase}.pt")
-        if stop_signal and (step < n_steps or phase != phases[-1]):
+        try:
+            stopped = train(phase, args, rows, networks, updates[phase], resumed, save, writer, before[phase], device)
+        except FloatingPointError as error:
             writer.close()
-            print(
-                f"stopped after update {step} of the {phase} and saved. Go on with: "
-                f"python {Path(__file__).name} --resume {run_dir}"
-            )
+            raise SystemExit(f"{error}, or go on from the last save: --resume {run_dir}") from None
+        if stopped and not ((run_dir / f"{phase}.pt").exists() and phase == phases[-1]):
+            writer.close()
+            print(f"stopped in the {phase} and saved. Go on with: python {Path(__file__).name} --resume {run_dir}")
             raise SystemExit(130)
 
     # evaluation on whole held-out episodes, and in the game
-    tokenizer, dynamics, heads = (networks.modules.get(name) for name in ("tokenizer", "dynamics", "heads"))
+    tokenizer, dynamics, heads = (networks.get(name) for name in BUILD)
     metrics, tables = {}, {"heldout": held_names}
     if tokenizer is not None:
         metrics |= evaluate_tokenizer(tokenizer, held, device)
-        for part in (rows, held):
-            part.z = encode_rows(tokenizer, part, pack, device) if part.z is None else part.z
+        held.z = encode_rows(tokenizer, held, device)
     if dynamics is not None:
         n_steps = min(args.sampling_steps or 4, dynamics.k_max)
         found, tables["open_loop"], pictures = evaluate_dynamics(dynamics, tokenizer, held, n_steps, device)
         metrics |= found
-        draw_open_loop(run_dir, tables["open_loop"], pictures, meta["fps"])
+        draw_open_loop(run_dir, writer, tables["open_loop"], pictures, meta["fps"])
     if heads is not None:
         found, tables["agent"] = evaluate_agent(dynamics, heads, rows, held, meta["keys"], device)
         metrics |= found
-        save_file(
-            {
-                f"{name}.{key}": x.contiguous()
-                for name, module in networks.modules.items()
-                for key, x in module.state_dict().items()
-            },
-            run_dir / "model.safetensors",
-        )
-        runs.write_json(
-            run_dir / "config.json", {"sizes": networks.sizes, "pack": pack, "action_spec": action_spec(meta)}
-        )
+        weights = {f"{n}.{key}": x.contiguous() for n, m in networks.items() for key, x in m.state_dict().items()}
+        save_file(weights, run_dir / "model.safetensors")
+        config = {"sizes": {name: network.sizes for name, network in networks.items()}}
+        runs.write_json(run_dir / "config.json", config | {"action_spec": action_spec(meta)})
     for name, metric in metrics.items():
         writer.add_scalar(name, metric, sum(updates[p] for p in phases))
     report(metrics, tables)
     runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     if heads is not None and args.env_id:
-        agents = {way: AgentPlayer(networks, pack, way == "sampled", device) for way in ("greedy", "sampled")}
+        agents = {way: AgentPlayer(networks, way == "sampled", device) for way in ("greedy", "sampled")}
+        seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
         try:
-            tables["play"] = evaluate_play(args, meta, agents)
+            tables["play"] = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps)
         except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
             writer.close()
             raise SystemExit(f"{error}. The agent is in {run_dir}/agent.pt, --phase eval plays it") from None
@@ -1654,8 +1338,11 @@ def main(args: Args) -> dict:
             print(f"score {name:<10}{mean:>8.1f} ({low:.1f} to {high:.1f})")
         metrics |= {
             "eval/score": tables["play"]["score"]["sampled"][0],
+            "eval/score_greedy": tables["play"]["score"]["greedy"][0],
             "eval/score_random": tables["play"]["score"]["random"][0],
         }
+        for name in ("eval/score", "eval/score_greedy", "eval/score_random"):
+            writer.add_scalar(name, metrics[name], sum(updates[p] for p in phases))
         runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     writer.close()
     print(f"\nfiles  {run_dir}")

@@ -32,6 +32,7 @@ from common import runs
 from common.returns import death_events
 from common.sessions import EPISODES, RETURNS, Session, find_sessions, key_names, key_table, load_session, read_table
 from common.video import VideoReader, iter_frames, resize
+from packed_episodes.rows import check_rows, run_starts
 from retro_env.airstriker import MIX, make_player, read_mix, spread
 from retro_env.game import MOVEMENTS, make_game
 
@@ -116,27 +117,13 @@ def make_rows(pixels, frame_index, movement, keys, reward, cont=None, act_valid=
         "act_valid": act_valid.astype(bool),
         "rew_valid": rew_valid.astype(bool),
     }
-    lengths = {name: len(array) for name, array in rows.items()}
-    if N == 0 or set(lengths.values()) != {N}:
-        raise ValueError(f"the arrays have the lengths {lengths}, expected one length, 1 or more")
-    back = np.flatnonzero(np.diff(rows["frame_index"]) <= 0)
-    if len(back):
-        raise ValueError(f"row {back[0] + 1} has frame {frame_index[back[0] + 1]} after frame {frame_index[back[0]]}")
+    check_rows(rows, "frames" if "frames" in rows else "z")
     first = run_starts(rows["frame_index"], rows["cont"])
     for valid, columns in (("act_valid", ("movement", "keys")), ("rew_valid", ("reward",))):
         rows[valid] &= ~first
         for name in columns:
             rows[name][~rows[valid]] = 0
-    for name in ("reward", "z"):
-        if name in rows and not np.isfinite(rows[name]).all():
-            row = int(np.argwhere(~np.isfinite(rows[name]))[0][0])
-            raise ValueError(f"{name} of frame {frame_index[row]} is not finite. Mend it, or take the file away")
     return rows
-
-
-def run_starts(frame_index: np.ndarray, cont: np.ndarray) -> np.ndarray:
-    """(N,) bool, rows that begin a run."""
-    return np.r_[True, (np.diff(frame_index) > 1) | (cont[:-1] == 0)]
 
 
 class Packing:

@@ -1,14 +1,16 @@
-"""Games side by side: players that see one screen each, scores with intervals."""
+"""Games side by side: players that see one screen each, their scores over the same seeds, with intervals."""
 
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import gymnasium as gym
 import numpy as np
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from retro_env.airstriker import make_player, spread
 from retro_env.game import make_game
 
 
@@ -67,3 +69,31 @@ def interval(values: np.ndarray) -> list[float]:
         return [float(values.mean())] * 3
     low, high = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
     return [float(values.mean()), float(low), float(high)]
+
+
+def compare_players(env_id: str, meta: dict, agents: dict, seeds: list[int], num_envs: int, max_steps: int) -> dict:
+    """Scores of the agents, of random play and of the recorded mix (meta.json's players), each on all `seeds`, with
+    95 % intervals, also of the differences to random play. Raises ValueError for a game of other actions."""
+    envs = make_envs(env_id, min(num_envs, len(seeds)), max_steps)
+    try:
+        n_actions = meta["n_movement"] << len(meta["keys"])
+        if envs.single_action_space.n != n_actions:
+            raise ValueError(
+                f"{env_id} takes {envs.single_action_space.n} actions, the packed episodes have {n_actions}: "
+                f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
+            )
+        names = {"random": ["random"]}
+        if isinstance(meta.get("source"), dict) and meta["source"].get("players"):
+            names["mix"] = list(islice(spread(meta["source"]["players"]), len(seeds)))
+        players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
+        played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
+    finally:
+        envs.close()
+    scores = {name: np.array([game["score"] for game in games]) for name, (games, _) in played.items()}
+    return {
+        "env_id": env_id,
+        "score": {name: interval(score) for name, score in scores.items()},
+        "minus_random": {name: interval(score - scores["random"]) for name, score in scores.items() if name in agents},
+        "decisions_per_second": {name: played[name][1] for name in agents},
+        "games": {name: games for name, (games, _) in played.items()},
+    }

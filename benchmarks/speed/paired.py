@@ -29,18 +29,21 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def run_in_turn(ways: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+def run_in_turn(
+    ways: dict[str, Callable], rounds: int, warm_up: int = 1, clock: Callable[[], float] = cpu_seconds
+) -> dict[str, list[float]]:
     """CPU-seconds of every way in every round. A way is called with the number of the round; the first `warm_up` rounds
-    are not counted. The first way is there twice, the second time as "<name>, again"."""
+    are not counted. The first way is there twice, the second time as "<name>, again". A `clock` of another kind, in
+    seconds, is for work that is not the processor's."""
     first = next(iter(ways))
     ways = ways | {f"{first}, again": ways[first]}
     seconds = {name: [] for name in ways}
     for number in tqdm(range(warm_up + rounds), desc="rounds"):
         for name, way in ways.items():
-            begin = cpu_seconds()
+            begin = clock()
             way(number)
             if number >= warm_up:
-                seconds[name].append(cpu_seconds() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 

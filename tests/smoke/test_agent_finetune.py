@@ -14,16 +14,11 @@ import agent_finetune as a
 from tests.packed import play, write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "tokenizer": {"size": 64, "patch": 16, "dim": 32, "layers": 2, "heads": 2, "n_latents": 4, "latent_dim": 8},
-    "tokenizer_time": {"time_every": 2, "clip": 2},
-    "pack": 2,
-    "dynamics": {"dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "registers": 1},
-    "dynamics_time": {"time_every": 2, "k_max": 4, "context": 6},
-    "lengths": (4, 10),
-    "batches": {"tokenizer": 4, "dynamics": 4, "agent": 4},
-    "steps": {"tokenizer": 30, "dynamics": 30, "agent": 30},
-}
+TINY = a.Preset(
+    **{"patch": 16, "tokenizer_dim": 32, "n_latents": 4, "latent_dim": 8, "dim": 32, "layers": 2, "heads": 2},
+    **{"kv_heads": 1, "registers": 1, "k_max": 4, "context": 6, "lengths": (4, 10), "batch_sizes": (4, 4, 4)},
+    steps=(30, 30, 30),
+)
 QUICK = {"warmup_steps": 3, "log_every": 1, "save_every": 7, "device": "cpu"}
 
 
@@ -149,9 +144,9 @@ def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
     other = write_packed(tmp_path / "small", episodes=1, length=40, frame_shape=[32, 32, 3])
     for path in other.glob("*.npz"):
         np.savez_compressed(path, **play(40, 0, size=32))
-    fails(r"frames of \[32, 32, 3\], --preset cpu takes 64 x 64.*--frame-size 64", data_dir=str(other))
+    fails(r"frames of \[32, 32, 3\], the tokenizer .* takes 64 x 64.*--frame-size 64", data_dir=str(other))
     state = torch.load(f"{run['run_dir']}/tokenizer.pt", weights_only=True)
-    state["fingerprints"]["tokenizer"] = "another"
+    state["tokenizer_id"] = "another"
     torch.save(state, tmp_path / "tokenizer.pt")
     fails("another tokenizer", tokenizer_checkpoint=str(tmp_path / "tokenizer.pt"), dynamics_checkpoint=dynamics)
 

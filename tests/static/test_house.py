@@ -11,7 +11,7 @@ from tests.static import checks
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 COMMON = {f"common/{path.name}": path.read_text() for path in sorted((ROOT / "common").glob("*.py"))}
-PACKAGES = ("pokemon_env", "motion_controls", "retro_env")
+PACKAGES = ("pokemon_env", "motion_controls", "packed_episodes", "retro_env")
 ENVS = {f"{path.parent.name}/{path.name}": path.read_text() for name in PACKAGES for path in (ROOT / name).glob("*.py")}
 PAGES = [
     page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))] if page.exists()
@@ -63,7 +63,7 @@ def test_common_imports_no_script():
 
 def test_metric_register():
     register = ROOT / "docs" / "metrics.md"
-    assert checks.metric_register(SCRIPTS, register.read_text() if register.exists() else "") == []
+    assert checks.metric_register(SCRIPTS | ENVS, register.read_text() if register.exists() else "") == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

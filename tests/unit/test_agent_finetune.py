@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import agent_finetune as a
-from tests import reference
-from tests.packed import play, write_packed
+from tests.packed import write_packed
 
-DYNAMICS = {"n_tokens": 3, "token_dim": 4, "bounded": True, "n_movement": 5, "n_keys": 2, "dim": 16, "layers": 4}
+DYNAMICS = {"z_shape": (3, 4), "bounded": True, "n_movement": 5, "n_keys": 2, "dim": 16, "layers": 4}
 DYNAMICS |= {"heads": 4, "kv_heads": 2, "registers": 2, "time_every": 2, "k_max": 8, "context": 4}
 
 
@@ -131,7 +130,7 @@ def test_a_distance_without_a_pair_learns_nothing_and_the_others_are_summed():
     assert (gradient[:3].abs().sum((1, 2)) > 0).all() and not gradient[3:].any()
     nll, counts = torch.rand(2, 5, 3), torch.zeros(2, 5, 3, dtype=torch.bool)
     counts[0, 1, 1] = counts[1, 2, 1] = True
-    assert a.mtp_mean(nll, counts) == (nll[0, 1, 1] + nll[1, 2, 1]) / 2
+    assert a.mtp_means(nll, counts).tolist() == [0, float((nll[0, 1, 1] + nll[1, 2, 1]) / 2), 0]
 
 
 def test_zero_output_layers_begin_uniform_and_learn():
@@ -158,10 +157,6 @@ def test_an_action_is_a_movement_and_independent_keys():
     logits = torch.tensor([0.2, -0.1, 0.4, 1.0, -2.0])
     p = torch.tensor([0.2, -0.1, 0.4]).softmax(-1)[2] * torch.tensor(1.0).sigmoid() * (1 - torch.tensor(-2.0).sigmoid())
     assert float(a.action_nll(logits, torch.tensor(2), torch.tensor([1.0, 0.0]))) == pytest.approx(-math.log(p))
-    codes, log_p = a.joint_log_probs(logits[None], 3)
-    assert len(set(codes)) == 12 and float(log_p.exp().sum()) == pytest.approx(1)
-    code = a.action_code(np.array([2]), np.array([[1, 0]]))
-    assert float(log_p[0, list(codes).index(code[0])]) == pytest.approx(math.log(p))
 
 
 # normalisation, groups, precision -------------------------------------------------------------------------------------
@@ -207,10 +202,10 @@ def test_amp_config(device, bf16, expected):
 
 def test_parameter_groups_hold_every_parameter_once(dynamics):
     heads = random_heads()
-    new = [heads.reward, heads.policy, heads.cont, *dynamics.agent_parameters()]
-    groups = a.parameter_groups([dynamics], new, 1e-3, 0.1, 0.01)
+    new, modules = [*heads.parameters(), *dynamics.agent_parameters()], [dynamics, heads]
+    groups = a.parameter_groups(new, modules, 1e-3, 0.1, 0.01)
     held = [id(p) for group in groups for p in group["params"]]
-    wanted = [p for module in (dynamics, heads.reward, heads.policy, heads.cont) for p in module.parameters()]
+    wanted = [p for module in modules for p in module.parameters()]
     assert sorted(held) == sorted(map(id, wanted))
     of = {id(p): group for group in groups for p in group["params"]}
     assert of[id(dynamics.z_in.weight)]["lr"] == pytest.approx(1e-4) and of[id(dynamics.agent)]["lr"] == 1e-3
@@ -218,7 +213,7 @@ def test_parameter_groups_hold_every_parameter_once(dynamics):
     for plain in (dynamics.z_in.bias, dynamics.slots, dynamics.movement.weight, dynamics.trunk.norm.weight):
         assert of[id(plain)]["weight_decay"] == 0
     dynamics.requires_grad_(False)
-    frozen = {id(p) for group in a.parameter_groups([dynamics], new[:3], 1e-3, 0.1, 0.01) for p in group["params"]}
+    frozen = {id(p) for group in a.parameter_groups(new, modules, 1e-3, 0.1, 0.01) for p in group["params"]}
     assert not frozen & {id(p) for p in dynamics.parameters()}
 
 
@@ -304,12 +299,12 @@ def test_activations_are_really_computed_again(dynamics):
 def test_tokenizer_sees_no_later_frame_and_its_cache_agrees(grid):
     torch.manual_seed(0)
     sizes = {"size": 16, "patch": 4, "dim": 16, "layers": 2, "heads": 2, "n_latents": 4, "latent_dim": 3}
-    tokenizer = a.Tokenizer(**sizes, time_every=2, clip=2, grid=grid)
+    tokenizer = a.Tokenizer(**sizes, pack=2, time_every=2, clip=2, grid=grid)
     nn.init.normal_(tokenizer.to_pixels.weight)
     frames = torch.rand(1, 5, 3, 16, 16)
     z, _ = tokenizer.encode(frames)
     made, _ = tokenizer.decode(z)
-    assert z.shape == (1, 5, 4, 3) and z.abs().max() <= 1 and made.shape == frames.shape
+    assert z.shape == (1, 5, 2, 6) and z.abs().max() <= 1 and made.shape == frames.shape
     later = frames.clone()
     later[:, 3] = 0
     z2, _ = tokenizer.encode(later)
@@ -324,7 +319,7 @@ def test_tokenizer_sees_no_later_frame_and_its_cache_agrees(grid):
 
 
 def test_patches_are_put_back_where_they_were_cut():
-    tokenizer = a.Tokenizer(16, 4, 16, 1, 2, 4, 3, 0, 2, grid=True)
+    tokenizer = a.Tokenizer(16, 4, 16, 1, 2, 4, 3, 2, 0, 2, grid=True)
     frames = torch.rand(1, 2, 3, 16, 16)
     patches = tokenizer.patches(frames)
     assert torch.equal(patches[0, 1, 5], frames[0, 1, :, 4:8, 4:8].flatten())
@@ -485,6 +480,15 @@ def test_rows_beyond_a_run_do_not_count():
     assert longer.tolist() == [0, 10, 28]  # moved back as far as the run allows
 
 
+def test_long_windows_hold_the_short_ones_and_begin_anywhere():
+    torch.manual_seed(0)
+    rows, windows = some_rows([(0, 40), (40, 80)], []), np.array([[10, 40], [42, 80], [72, 80]])
+    begin = []
+    for _ in range(200):
+        begin.append(a.gather(rows, a.lengthen(windows, 8, 20), 20, 0, "cpu")["z"][:, 0, 0, 0].tolist())
+    assert [sorted(set(first)) for first in zip(*begin, strict=True)] == [list(range(11)), [40, 41, 42], [60]]
+
+
 def test_clips_reach_every_row_of_a_window_and_stay_in_its_run():
     torch.manual_seed(0)
     windows = np.array([[0, 10], [10, 12], [30, 40]])
@@ -512,86 +516,91 @@ def test_every_window_once_a_pass_and_the_rest_relevant():
     assert from_all.all() and len(set(alone)) == 10
 
 
-# data -----------------------------------------------------------------------------------------------------------------
-def test_packed_episodes_are_read_as_they_are(tmp_path):
-    folder = write_packed(tmp_path / "packed", episodes=2, length=30)
-    meta = a.load_meta(folder)
-    rows = a.load_rows(folder, ["episode_0001", "episode_0002"], meta)
-    part = play(30, 1)
-    assert rows.runs.tolist() == [[0, 30], [30, 60]] and (rows.frames[30:] == part["frames"]).all()
-    assert (
-        rows.movement[30:].tolist() == part["movement"].tolist()
-        and rows.reward[30:].tolist() == part["reward"].tolist()
-    )
-    departing = a.load_rows(folder, ["episode_0001"], meta | {"action_index": "departure"})
-    arriving = a.load_rows(folder, ["episode_0001"], meta)
-    assert departing.movement[1:].tolist() == arriving.movement[:-1].tolist()
-    assert not departing.act_valid[0] and departing.reward.tolist() == arriving.reward.tolist()
+# evaluation and play --------------------------------------------------------------------------------------------------
+class Mover:
+    """A dynamics that knows: a frame is the one before plus ten times the movement. Its predictions are off by 1."""
+
+    k_max, bounded = 8, False
+
+    def eval(self):
+        pass
+
+    def __call__(self, z, signal, step, actions, cache):
+        if signal[0, 0] == 7:  # a frame to remember, with an eighth of noise
+            clean = 10 * torch.round(z * 8 / 7 / 10)
+        else:
+            clean = cache["last"] + 10.0 * actions["movement"][..., None, None] + 1
+        return clean, None, {"last": clean[:, -1:]}
 
 
-def test_a_gap_or_an_end_begins_another_run(tmp_path):
+def test_a_dynamics_that_knows_the_rule_beats_holding_and_needs_the_actions():
+    rows = some_rows([(0, 60), (60, 120)], [])
+    rows.movement = torch.tensor(np.random.default_rng(0).integers(0, 5, 120))
+    z = 10 * torch.cat([part.cumsum(0) for part in rows.movement.split(60)])
+    rows.z = z[:, None, None].half()
+    metrics, table, _ = a.evaluate_dynamics(Mover(), None, rows, 1, "cpu")
+    assert metrics["eval/latent_mse"] == 1 and table["latent_mse_one_step"] == [1] * 5
+    assert metrics["eval/latent_mse_hold_last"] > 100 and metrics["eval/action_shuffle_ratio"] > 100
+
+
+def small_agent() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    tokenizer = {"size": 64, "patch": 16, "dim": 16, "layers": 2, "heads": 2, "n_latents": 4, "latent_dim": 2}
+    sizes = {"tokenizer": tokenizer | {"pack": 2, "time_every": 2, "clip": 2, "grid": True}}
+    sizes["dynamics"] = DYNAMICS | {"z_shape": (2, 4), "n_keys": 1}
+    sizes["heads"] = {"dim": 16, "ahead": 2, "n_movement": 5, "n_keys": 1, "reward_limit": 5.0, "value_limit": 9.0}
+    networks = {name: a.build(name, kwargs, "cpu") for name, kwargs in sizes.items()}
+    nn.init.normal_(networks["heads"].policy.out.weight, std=3.0)
+    return networks
+
+
+def play_along(player: a.AgentPlayer, seeds: list[int], screens: np.ndarray, done: np.ndarray) -> np.ndarray:
+    """What it chooses (T, E) on screens (T, E, H, W, 3) where `done` (T, E) is what was then done."""
+    player.reset(seeds)
+    chosen = []
+    for screen, action in zip(screens, done, strict=True):
+        chosen.append(player.act(screen))
+        player.took(action)
+    return np.array(chosen)
+
+
+def test_the_agent_plays_by_what_the_evaluation_reads(tmp_path):
     folder = write_packed(tmp_path / "packed", episodes=1, length=30)
-    part = play(30, 0)
-    part["frame_index"][10:] += 5
-    part["cont"][19] = 0
-    np.savez_compressed(folder / "episode_0001.npz", **part)
-    assert a.load_rows(folder, ["episode_0001"], a.load_meta(folder)).runs.tolist() == [[0, 10], [10, 20], [20, 30]]
+    rows = a.load_rows(folder, ["heldout_0001"], a.load_meta(folder))
+    networks = small_agent()
+    rows.z = a.encode_rows(networks["tokenizer"], rows, "cpu")
+    actions = {name: getattr(rows, name)[None] for name in a.ACTION}
+    h, _ = a.look(networks["dynamics"], rows.z[None].float(), actions, {}, [torch.Generator().manual_seed(3)])
+    done = (2 * rows.movement + rows.keys[:, 0]).long().numpy()[1:, None]  # after each screen but the last
+    player = a.AgentPlayer(networks, sample=False, device="cpu")
+    draw_noise, t = a.draw_noise, iter(range(30))
+    noise = draw_noise(rows.z[None].shape, [torch.Generator().manual_seed(3)], "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(a, "draw_noise", lambda *_: noise[:, [next(t)]])  # one frame at a time draws in another order
+        chosen = play_along(player, [3], rows.frames[:-1, None], done)[:, 0]
+    logits = networks["heads"].policy(h)[0, :-1, 0]
+    assert chosen.tolist() == (2 * logits[:, :5].argmax(-1) + (logits[:, 5] > 0)).tolist()
+    assert len(set(chosen)) > 1
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"reward": np.zeros(29, np.float32)}, "frames has 30 rows, {'reward': 29}: expected as many"),
-        ({"reward": np.r_[np.zeros(12), np.nan, np.zeros(17)].astype(np.float32)}, "the reward of row 12 is nan"),
-        (
-            {"frame_index": np.r_[np.arange(9), 8, np.arange(10, 30)].astype(np.int32)},
-            "not increase: 8, then 8, at row 8",
-        ),
-        ({"frames": np.zeros((30, 32, 32, 3), np.uint8)}, r"has the shape \(32, 32, 3\) in a row, meta.json says"),
-        ({"movement": np.full(30, 9, np.int16)}, "movement 9 to 9, keys .* 5 movements and 1 keys"),
-        ({"keys": np.zeros((30, 3), np.uint8)}, "keys .30, 3.*5 movements and 1 keys"),
-    ],
-)
-def test_a_wrong_episode_is_named(tmp_path, change, words):
-    folder = write_packed(tmp_path / "packed", episodes=1, length=30)
-    np.savez_compressed(folder / "episode_0001.npz", **play(30, 0) | change)
-    with pytest.raises(ValueError, match=words) as caught:
-        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
-    assert "episode_0001.npz" in str(caught.value) and "pack_episodes.py" in str(caught.value)
-
-
-def test_a_damaged_file_or_folder_is_named(tmp_path):
-    folder = write_packed(tmp_path / "packed", episodes=1, length=30)
-    path = folder / "episode_0001.npz"
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match="episode_0001.npz is missing, cut off or damaged"):
-        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
-    part = play(30, 0)
-    del part["cont"]
-    np.savez_compressed(path, **part)
-    with pytest.raises(ValueError, match="Expected frames, frame_index"):
-        a.load_rows(folder, ["episode_0001"], a.load_meta(folder))
-    (folder / "meta.json").write_text("{}")
-    with pytest.raises(ValueError, match="meta.json cannot be used .*no .*episodes"):
-        a.load_meta(folder)
-    with pytest.raises(ValueError, match="nothing/meta.json is missing"):
-        a.load_meta(tmp_path / "nothing")
-
-
-# evaluation -----------------------------------------------------------------------------------------------------------
-def test_counting_predicts_as_a_plain_loop_does():
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_game_does_not_depend_on_those_beside_it(sample):
     rng = np.random.default_rng(0)
-    train, held = some_rows([(0, 50), (50, 80)], []), some_rows([(0, 40)], [])
-    for rows in (train, held):
-        n = len(rows.movement)
-        rows.movement = torch.tensor(np.repeat(rng.integers(0, 3, n), 2)[:n])
-        rows.keys = torch.tensor(rng.integers(0, 2, (n, 1))).float()
-        rows.act_valid[rows.runs[:, 0]] = False
-    assert a.action_baselines(train, held, 3) == pytest.approx(reference.action_baselines(train, held, 3))
+    screens, done = rng.integers(0, 256, (12, 3, 48, 80, 3), np.uint8), rng.integers(0, 10, (12, 3))
+    player = a.AgentPlayer(small_agent(), sample, "cpu")
+    together = play_along(player, [5, 6, 7], screens, done)
+    alone = play_along(player, [6], screens[:, 1:2], done[:, 1:2])
+    assert together[:, 1].tolist() == alone[:, 0].tolist()
 
 
-def test_a_psnr_of_a_hundredth_is_twenty_decibels():
-    error = torch.full((2, 3, 4, 4), 0.01)
-    assert a.psnr(error) == pytest.approx(20, abs=1e-5)
-    error[:, :, :2] = 0.5
-    assert a.psnr(error, torch.tensor([0.0, 0, 1, 1])[:, None]) == pytest.approx(20, abs=1e-5)
+def test_sampled_actions_come_as_often_as_their_probabilities():
+    networks = small_agent()
+    player = a.AgentPlayer(networks, True, "cpu")
+    logits = torch.tensor([0.0, 1.0, 0.5, -1.0, -2.0, 0.8])
+    out = networks["heads"].policy.out
+    nn.init.zeros_(out.weight), out.bias.data.copy_(logits.repeat(2))
+    screens = np.zeros((400, 5, 64, 64, 3), np.uint8)
+    chosen = play_along(player, list(range(5)), screens, np.zeros((400, 5), int)).ravel()
+    rates = np.bincount(chosen // 2, minlength=5) / len(chosen)
+    assert rates == pytest.approx(logits[:5].softmax(0).numpy(), abs=0.04)
+    assert (chosen % 2).mean() == pytest.approx(float(logits[5].sigmoid()), abs=0.04)

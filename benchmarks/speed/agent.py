@@ -1,0 +1,166 @@
+"""`agent_finetune.py`: an update of its agent phase, and one frame of the agent at play.
+
+    python -m benchmarks.speed.agent
+    python -m benchmarks.speed.agent --preset gpu-s --device cuda
+
+Training: the rival is the same update with attention written out (scores, softmax, values) and an optimiser that goes
+from tensor to tensor. Play: the rival runs the whole context again for every frame; the agent keeps keys and values.
+The share of the peak is the update's floating-point operations by its time, against a large matrix product's in the
+same run. Latents and actions are noise. On a GPU the clock is the wall's, with one synchronisation a round. Writes
+results/agent_training.json and agent_play.json, with the preset's name where it is not cpu.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+import agent_finetune as a
+from benchmarks.speed import paired
+
+N_MOVEMENT, N_KEYS = 9, 1
+
+
+@dataclass
+class Args:
+    preset: Literal["cpu", "gpu-s", "gpu-m"] = "cpu"
+    """sizes of the networks and of the batch"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    updates: int = 3
+    """updates of each way in a round"""
+    frames: int = 64
+    """frames of play in a round"""
+    rounds: int = 9
+    """how often the ways take turns"""
+
+
+def make_networks(preset: a.Preset, device) -> tuple[a.Dynamics, a.Heads]:
+    z_shape = [preset.n_latents // preset.pack, preset.latent_dim * preset.pack]
+    actions = {"n_movement": N_MOVEMENT, "n_keys": N_KEYS}
+    sizes = {"dim": preset.dim, "layers": preset.layers, "heads": preset.heads, "kv_heads": preset.kv_heads}
+    sizes |= {"registers": preset.registers, "time_every": preset.time_every, "k_max": preset.k_max}
+    dynamics = a.Dynamics(z_shape, True, **actions, **sizes, context=preset.context).to(device)
+    return dynamics, a.Heads(preset.dim, 8, **actions, reward_limit=5.0, value_limit=9.0).to(device)
+
+
+def make_batch(preset: a.Preset, B: int, T: int, device) -> dict[str, torch.Tensor]:
+    known = torch.ones(B, T + 8, dtype=torch.bool)
+    z = torch.rand(B, T, preset.n_latents // preset.pack, preset.latent_dim * preset.pack) * 2 - 1
+    batch = {"z": z, "movement": torch.randint(0, N_MOVEMENT, known.shape), "reward": torch.randn(known.shape)}
+    batch |= {"keys": torch.randint(0, 2, (*known.shape, N_KEYS)).float(), "cont": known.float(), "inside": known}
+    return {name: x.to(device) for name, x in (batch | {"act_valid": known, "rew_valid": known}).items()}
+
+
+def written_out(q, k, v, attn_mask=None, enable_gqa=False):
+    """Attention without a fused kernel."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def compare_training(args: Args, preset: a.Preset, device, clock, name: str):
+    B, T = preset.batch_sizes[2], preset.lengths[0]
+    batch, uniform = make_batch(preset, B, T, device), torch.arange(B, device=device) < B // 2
+    dtype, _ = a.amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
+    settings, fused = a.Args(), F.scaled_dot_product_attention
+
+    def make(attention, **optimiser):
+        torch.manual_seed(1)
+        dynamics, heads = make_networks(preset, device)
+        parameters = [*dynamics.parameters(), *heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, **optimiser)
+
+        def update(_=0, n=args.updates):
+            F.scaled_dot_product_attention = attention
+            for _ in range(n):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    terms = a.world_terms(dynamics, heads, batch, uniform, True, settings)
+                loss = sum(terms[term] for term in a.TERMS["agent"])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            F.scaled_dot_product_attention = fused
+
+        return update
+
+    rival, ours = make(written_out, foreach=False), make(fused, fused=True)
+    with FlopCounterMode(display=False) as counter:
+        make(written_out, foreach=False)(n=1)  # as matrix products, all of which are counted
+    ways = {"attention written out, plain AdamW": rival, "agent_finetune.py": ours}
+    seconds = paired.run_in_turn(ways, args.rounds, clock=clock)
+    best, flops = min(seconds["agent_finetune.py"]) / args.updates, counter.get_total_flops()
+    peak = measure_peak(device, dtype or torch.float32, clock)
+    more = {"preset": args.preset, "device": name_of(device), "batch": [B, T], "gflop_per_update": flops / 1e9}
+    more |= {"gflop_per_second": flops / best / 1e9, "peak_gflop_per_second": peak / 1e9}
+    more |= {
+        "share_of_peak": flops / best / peak,
+        "parameters": sum(p.numel() for p in make_networks(preset, "cpu")[0].parameters()),
+    }
+    target = ("agent_finetune.py", "attention written out, plain AdamW", 1.0)
+    paired.report(f"agent_training{name}", seconds, args.updates * B * T, "frames", [target], more)
+
+
+def measure_peak(device, dtype, clock) -> float:
+    """Operations a second of a large matrix product, the best of several."""
+    n, rates = 2048 if device.type == "cpu" else 8192, []
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(6):
+        begin = clock()
+        x @ x
+        rates.append(2 * n**3 / (clock() - begin))
+    return max(rates)
+
+
+@torch.no_grad()
+def compare_play(args: Args, preset: a.Preset, device, clock, name: str):
+    torch.manual_seed(1)
+    dynamics = make_networks(preset, device)[0].eval()
+    batch = make_batch(preset, 1, preset.context + args.frames, device)
+
+    def part(first: int, stop: int) -> tuple[torch.Tensor, dict]:
+        return batch["z"][:, first:stop], {key: batch[key][:, first:stop] for key in a.ACTION}
+
+    def cached(_):
+        _, known = a.look(dynamics, *part(0, preset.context), {})
+        for t in range(preset.context, preset.context + args.frames):
+            _, known = a.look(dynamics, *part(t, t + 1), known)
+
+    def whole(_):
+        for t in range(preset.context, preset.context + args.frames):
+            a.look(dynamics, *part(t + 1 - preset.context, t + 1), {})
+
+    seconds = paired.run_in_turn({"the whole context": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
+    more = {"preset": args.preset, "device": name_of(device), "context": preset.context}
+    target = ("agent_finetune.py", "the whole context", 5.0)
+    paired.report(f"agent_play{name}", seconds, args.frames, "frames", [target], more)
+
+
+def name_of(device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def main(args: Args):
+    device, preset = torch.device(args.device), a.PRESETS[args.preset]
+    torch.set_num_threads(1)
+    name = "" if args.preset == "cpu" else f"_{args.preset.replace('-', '_')}"
+
+    def wall() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    clock = wall if device.type == "cuda" else paired.cpu_seconds
+    compare_training(args, preset, device, clock, name)
+    compare_play(args, preset, device, clock, name)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
