@@ -108,6 +108,7 @@ bench-speed: .venv/.bench ## decoding, matching and training beside their rivals
 	.venv/bin/python -m benchmarks.speed.episodes
 	.venv/bin/python -m benchmarks.speed.collect
 	.venv/bin/python -m benchmarks.speed.controls
+	.venv/bin/python -m benchmarks.speed.agent
 
 # name, demonstrator, seed, seconds, level
 define SESSIONS

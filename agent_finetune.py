@@ -85,8 +85,8 @@ class Args:
     batch_size: int = 0
     """windows of the short length per update; 0 means the preset's"""
 
-    lr: float = 1e-3
-    """learning rate of AdamW, of what is new in a phase"""
+    lr: float = 0.0
+    """learning rate of AdamW, of what is new in a phase; 0 means the preset's"""
     trunk_lr_scale: float = 0.1
     """times `lr` for the dynamics in the agent phase; above 0"""
     trunk: Literal["finetune", "freeze"] = "finetune"
@@ -106,9 +106,9 @@ class Args:
 
     latents: Literal["grid", "free"] = "grid"
     """grid: each latent begins with the mean of its cell's patches; free: with a learnt vector alone"""
-    mask_ratio: float = 0.9
-    """each image hides patches with a chance drawn from 0 to this, while the tokenizer trains; 0..1"""
-    foreground_weight: float = 3.0
+    mask_ratio: float = 0.2
+    """each image hides patches with a chance drawn from 0 to this, 0..1, the paper has 0.9"""
+    foreground_weight: float = 5.0
     """weight of pixels that differ from the mean frame in the tokenizer's loss; 1 means none"""
 
     bootstrap_ratio: float = 0.25
@@ -131,10 +131,14 @@ class Args:
     agent_signal: float = 0.5
     """frames noisier than this signal level train no head; 0 (pure noise) .. 1"""
 
+    tasks: Literal["player", "none"] = "player"
+    """player: the agent is told whose play it is to imitate, the `player` of an episode; none: all are alike"""
     env_id: str | None = None
     """the game to play at the end, such as retro:Airstriker-Genesis-v0; None: none"""
     play_episodes: int = 20
     """games of each player, on the same seeds"""
+    play_task: str | None = None
+    """as which of the players the agent plays; None: as the one with the highest mean return in training"""
     play_seed: int = 1_000_000
     """the first of the seeds"""
     max_steps: int = 1000
@@ -166,9 +170,9 @@ class Preset:
     tokenizer_heads: int = 2
     tokenizer_time_every: int = 2  # every so many layers one over time
     clip: int = 2  # frames that a layer of the tokenizer sees at once
-    n_latents: int = 16
+    n_latents: int = 64
     latent_dim: int = 16
-    pack: int = 2  # latents that make one token of the dynamics
+    pack: int = 8  # latents that make one token of the dynamics
     dim: int = 128
     layers: int = 4
     heads: int = 4
@@ -179,14 +183,15 @@ class Preset:
     context: int = 16  # frames that a layer of the dynamics sees at once
     lengths: tuple[int, int] = (8, 24)  # rows of a short and of a long window
     batch_sizes: tuple[int, int, int] = (16, 16, 16)  # by phase
-    steps: tuple[int, int, int] = (2000, 1500, 800)
+    steps: tuple[int, int, int] = (1000, 1500, 2500)
+    lr: float = 3e-3
 
 
 GPU_S = Preset(
     **{"frame_size": 128, "tokenizer_dim": 256, "tokenizer_layers": 8, "tokenizer_heads": 8, "tokenizer_time_every": 4},
-    **{"clip": 4, "n_latents": 64, "dim": 512, "layers": 12, "heads": 8, "kv_heads": 4, "registers": 8},
+    **{"clip": 4, "pack": 2, "dim": 512, "layers": 12, "heads": 8, "kv_heads": 4, "registers": 8},
     **{"time_every": 4, "k_max": 64, "context": 192, "lengths": (64, 256)},
-    **{"batch_sizes": (64, 32, 32), "steps": (20_000, 40_000, 10_000)},
+    **{"batch_sizes": (64, 32, 32), "steps": (20_000, 40_000, 10_000), "lr": 3e-4},
 )
 GPU_M = replace(
     GPU_S,
@@ -256,8 +261,8 @@ def lengthen(windows: np.ndarray, short: int, length: int) -> np.ndarray:
 
 def gather(rows: Rows, windows: np.ndarray, length: int, ahead: int, device) -> dict[str, torch.Tensor]:
     """(B, 2) windows -> z (B, T, N, Z), and of T + `ahead` rows movement, keys, reward, cont, act_valid, rew_valid, and
-    inside (the row is of the same run). Where the run ends its last row repeats, not inside and not valid. A window
-    that leaves its run is moved back in, as far as there is room."""
+    inside (the row is of the same run); task (B,). Where the run ends its last row repeats, not inside and not valid. A
+    window that leaves its run is moved back in, as far as there is room."""
     first, stop = torch.tensor(windows).T  # (B,), (B,)
     run_start = torch.tensor(rows.runs[np.searchsorted(rows.runs[:, 1], windows[:, 1]), 0])
     first = torch.maximum(torch.minimum(first, stop - length), run_start)
@@ -266,7 +271,7 @@ def gather(rows: Rows, windows: np.ndarray, length: int, ahead: int, device) -> 
     index = torch.minimum(index, stop[:, None] - 1)
     batch = {name: getattr(rows, name)[index] for name in ("movement", "keys", "reward", "cont")}
     batch |= {name: getattr(rows, name)[index] & inside for name in ("act_valid", "rew_valid")} | {"inside": inside}
-    batch["z"] = rows.z[index[:, :length]].float()
+    batch |= {"z": rows.z[index[:, :length]].float(), "task": rows.task[index[:, 0]]}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
@@ -424,7 +429,20 @@ class Dynamics(nn.Module):
     noise level with the step size, and last the agent, who sees all and whom nobody sees."""
 
     def __init__(
-        self, z_shape, bounded, n_movement, n_keys, dim, layers, heads, kv_heads, registers, time_every, k_max, context
+        self,
+        z_shape,
+        bounded,
+        n_movement,
+        n_keys,
+        n_tasks,
+        dim,
+        layers,
+        heads,
+        kv_heads,
+        registers,
+        time_every,
+        k_max,
+        context,
     ):
         super().__init__()
         (self.n_tokens, token_dim), self.k_max = z_shape, k_max
@@ -435,22 +453,22 @@ class Dynamics(nn.Module):
         self.slots = nn.Parameter(0.02 * torch.randn(S - 1, dim))  # registers, an action that is not known: this alone
         self.movement, self.keys = nn.Embedding(n_movement, dim), nn.Embedding(max(1, n_keys), dim)
         self.signal, self.step = nn.Embedding(k_max, dim // 2), nn.Embedding(k_max.bit_length(), dim - dim // 2)
-        self.agent, self.task = nn.Parameter(0.02 * torch.randn(dim)), nn.Embedding(1, dim)
+        self.agent, self.task = nn.Parameter(0.02 * torch.randn(dim)), nn.Embedding(n_tasks, dim)
         for table in (self.movement, self.keys, self.signal, self.step, self.task):
             nn.init.normal_(table.weight, std=0.02)
         self.trunk = Trunk(dim, layers, heads, kv_heads, time_every, context, ~is_agent | is_agent[:, None])
 
     def forward(self, z, signal, step, actions: dict, independent=None, cache: dict | None = None):
         """z (B, T, N, Z) noisy; signal (B, T) in 0..k_max - 1, of k_max; step (B, T), of the size 2^step / k_max;
-        actions movement (B, T), keys (B, T, A), act_valid (B, T); independent (B,) bool, whose frames are unrelated
-        images. Returns clean z (B, T, N, Z), what the agent reads (B, T, D), and the cache."""
+        actions movement (B, T), keys (B, T, A), act_valid (B, T), and task (B,); independent (B,) bool, whose frames
+        are unrelated images. Returns clean z (B, T, N, Z), what the agent reads (B, T, D), and the cache."""
         known = actions["act_valid"] if independent is None else actions["act_valid"] & ~independent[:, None]
         action = self.movement(actions["movement"]) + actions["keys"] @ self.keys.weight[: actions["keys"].shape[-1]]
         action = torch.where(known[..., None], action, 0.0)  # (B, T, D)
         level = torch.cat([self.signal(signal), self.step(step)], -1)
         registers = torch.zeros(*level.shape[:2], len(self.slots) - self.n_tokens - 2, level.shape[-1], device=z.device)
         world = torch.cat([self.z_in(z), registers, action[:, :, None], level[:, :, None]], 2) + self.slots
-        agent = (self.agent + self.task.weight[0]).expand(*level.shape[:2], 1, -1)
+        agent = (self.agent + self.task(actions["task"]))[:, None, None].expand(-1, level.shape[1], -1, -1)
         x, cache = self.trunk(torch.cat([world, agent], 2), independent, cache)
         return self.z_out(x[:, :, : self.n_tokens]), x[:, :, -1], cache
 
@@ -680,7 +698,7 @@ def parameter_groups(new: list[nn.Parameter], modules: list[nn.Module], lr: floa
 
 
 # reading, imagining, playing ------------------------------------------------------------------------------------------
-ACTION = ("movement", "keys", "act_valid")
+ACTION = ("movement", "keys", "act_valid")  # by row; beside them a task
 
 
 def as_pictures(frames: np.ndarray, device) -> torch.Tensor:
@@ -741,7 +759,7 @@ def open_loop(
     """What follows the first C = `n_context` frames of z (B, T, N, Z), by the actions of all rows: (B, T - C, N, Z)."""
 
     def part(first: int, stop: int) -> dict:
-        return {name: actions[name][:, first:stop] for name in ACTION}
+        return {name: actions[name][:, first:stop] for name in ACTION} | {"task": actions["task"]}
 
     _, cache = look(dynamics, z[:, :n_context], part(0, n_context), {}, generator)
     frames, shape = [], (len(z), 1, *z.shape[2:])
@@ -755,9 +773,10 @@ class AgentPlayer:
     """The agent at play, one frame at a time, in E games at once; the game of a seed does not depend on the others. An
     action is movement * 2^A + the keys as bits."""
 
-    def __init__(self, networks: dict[str, nn.Module], sample: bool, device):
+    def __init__(self, networks: dict[str, nn.Module], task: int, sample: bool, device):
         self.tokenizer, self.dynamics, self.heads = (networks[name].eval() for name in BUILD)
-        self.sample, self.device, self.bits = sample, device, torch.arange(self.heads.n_keys)
+        self.task, self.sample, self.device = task, sample, device
+        self.bits = torch.arange(self.heads.n_keys)
 
     def reset(self, seeds: list[int]):
         """Begin a game for each seed."""
@@ -789,6 +808,7 @@ class AgentPlayer:
             "movement": (actions >> len(self.bits))[:, None].to(self.device),
             "keys": ((actions[:, None] >> self.bits) & 1).float()[:, None].to(self.device),
             "act_valid": torch.ones(len(actions), 1, dtype=torch.bool, device=self.device),
+            "task": torch.full((len(actions),), self.task, device=self.device),
         }
 
 
@@ -839,6 +859,7 @@ def evaluate_dynamics(
     batch = gather(held, windows, length, 0, device)
     z, half = batch["z"], len(windows) // 2  # the window half of all away is of another game, or long after
     other = {name: torch.cat([batch[name][:, :START], batch[name].roll(half, 0)[:, START:]], 1) for name in ACTION}
+    other["task"] = batch["task"]
 
     def predict(actions: dict, steps: int, seed: int) -> torch.Tensor:
         return open_loop(dynamics, z, actions, START, steps, torch.Generator().manual_seed(seed))
@@ -888,6 +909,7 @@ def evaluate_agent(dynamics: Dynamics, heads: Heads, train: Rows, held: Rows, ke
         cache = {}
         for part in run:
             actions = {name: getattr(held, name)[part][None].to(device) for name in ACTION}
+            actions["task"] = held.task[part][:1].to(device)
             read, cache = look(dynamics, held.z[part][None].float().to(device), actions, cache, generator)
             h.append(read[0])
     h = torch.cat(h)  # (R, D)
@@ -920,7 +942,10 @@ def world_terms(
     signal, step = draw_levels(larger, T, k_max)
     signal = torch.where(uniform[:, None], signal, k_max - 1)
     noise = torch.randn_like(z)
-    z_noisy, actions = noisy(z, noise, signal, k_max), {name: batch[name][:, :T] for name in ACTION}
+    z_noisy, actions = (
+        noisy(z, noise, signal, k_max),
+        {name: batch[name][:, :T] for name in ACTION} | {"task": batch["task"]},
+    )
     z_pred, h, _ = dynamics(z_noisy, signal, step, actions, independent)
     inside, target = batch["inside"][:, :T], z
     if larger.any():
@@ -967,7 +992,7 @@ def build(name: str, sizes: dict, device) -> nn.Module:
     return network
 
 
-def network_sizes(phase: str, args: Args, meta: dict, rows: Rows, networks: dict) -> tuple[str, dict]:
+def network_sizes(phase: str, args: Args, meta: dict, rows: Rows, networks: dict, n_tasks: int) -> tuple[str, dict]:
     """The network that a phase begins with: its name, and what builds it."""
     p, actions = PRESETS[args.preset], {"n_movement": meta["n_movement"], "n_keys": len(meta["keys"])}
     if phase == "tokenizer":
@@ -978,7 +1003,8 @@ def network_sizes(phase: str, args: Args, meta: dict, rows: Rows, networks: dict
     if phase == "dynamics":
         sizes = {"z_shape": list(rows.z.shape[1:]), "bounded": bool(rows.z.abs().max() <= 1), "dim": p.dim}
         sizes |= {"layers": p.layers, "heads": p.heads, "kv_heads": p.kv_heads, "registers": p.registers}
-        return "dynamics", sizes | actions | {"time_every": p.time_every, "k_max": p.k_max, "context": p.context}
+        sizes |= actions | {"n_tasks": n_tasks}
+        return "dynamics", sizes | {"time_every": p.time_every, "k_max": p.k_max, "context": p.context}
     reward = max(args.reward_range, float(symlog(rows.reward.abs().max())))  # as wide as the data need
     sizes = {"dim": networks["dynamics"].sizes["dim"], "ahead": args.mtp, "reward_limit": reward}
     return "heads", sizes | actions | {"value_limit": max(args.value_range, reward)}
@@ -1005,6 +1031,27 @@ def tokenizer_id(networks: dict[str, nn.Module]) -> str | None:
     return hashlib.sha256(b"".join(x.cpu().contiguous().numpy().tobytes() for x in tensors)).hexdigest()[:16]
 
 
+def name_tasks(args: Args, meta: dict, known: list[str] | None) -> tuple[list[str], dict[str, int]]:
+    """Names of the tasks, those of a checkpoint if it has any, and the task of each episode."""
+    each = {name: str(facts.get("player", "unknown")) for name, facts in meta["episodes"].items()}
+    each = each if args.tasks == "player" else dict.fromkeys(each, "all")
+    tasks = known or sorted(set(each.values()))
+    new = sorted(set(each.values()) - set(tasks))
+    if new:
+        found = f"{args.data_dir} has episodes of {', '.join(new)}, the checkpoint knows {', '.join(tasks)}"
+        raise ValueError(f"{found}. Train the dynamics on these data, or change --tasks {args.tasks}")
+    if args.play_task is not None and args.play_task not in tasks:
+        raise ValueError(f"--play-task {args.play_task}: expected one of {', '.join(tasks)}")
+    return tasks, {name: tasks.index(task) for name, task in each.items()}
+
+
+def best_task(rows: Rows) -> int:
+    """The task of the episodes whose mean sum of rewards is the highest."""
+    returns = np.bincount(rows.episode, rows.reward.numpy())
+    task = rows.task.numpy()[np.unique(rows.episode, return_index=True)[1]]  # of each episode
+    return int(max(np.unique(task), key=lambda i: returns[task == i].mean()))
+
+
 def action_spec(meta: dict) -> dict:
     return {name: meta.get(name) for name in ("n_movement", "movements", "keys", "fps")}
 
@@ -1017,16 +1064,16 @@ def load_networks(state: dict, names: list[str], device) -> dict[str, nn.Module]
     return networks
 
 
-def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str]]:
-    """The networks that the checkpoint flags name, and the phases that are done by it. Raises ValueError for
-    checkpoints that do not belong together, or not to the data."""
+def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str], list[str] | None]:
+    """The networks that the checkpoint flags name, the phases that are done by it, and the tasks that the agent knows,
+    None without a dynamics. Raises ValueError for checkpoints that do not belong together, or not to the data."""
     given = {
         "tokenizer": args.tokenizer_checkpoint,
         "dynamics": args.dynamics_checkpoint,
         "agent": args.agent_checkpoint,
     }
     states = {phase: (path, runs.load_checkpoint(Path(path))) for phase, path in given.items() if path}
-    networks, done = {}, []
+    networks, done, tasks = {}, [], None
     for phase, (path, state) in states.items():
         done = list(PHASES[: PHASES.index(phase) + 1])
         names = [name for name in list(BUILD)[: len(done)] if name != "tokenizer" or "frame_shape" in meta]
@@ -1039,7 +1086,7 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
         first_path, first = next(iter(states.values()))
         if state["tokenizer_id"] != first["tokenizer_id"]:
             raise ValueError(f"{path} was trained with another tokenizer than {first_path}. Name that of its run")
-        networks = load_networks(state, names, device)
+        networks, tasks = load_networks(state, names, device), state["tasks"] if phase != "tokenizer" else None
     z_shape = networks["dynamics"].sizes["z_shape"] if "dynamics" in networks else meta.get("z_shape")
     if z_shape != meta.get("z_shape", z_shape):
         found = f"latents of {z_shape}, {args.data_dir} has {meta['z_shape']}"
@@ -1050,7 +1097,7 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
             f"{args.data_dir} has frames of {meta['frame_shape']}, the tokenizer of --preset {args.preset}, or the one "
             f"given, takes {size} x {size}. Pack them with pack_episodes.py --frame-size {size}"
         )
-    return networks, done
+    return networks, done, tasks
 
 
 def check_args(args: Args, meta: dict):
@@ -1114,8 +1161,8 @@ def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, bef
         trunk.recompute = args.activation_checkpointing
         for block in trunk.blocks if args.compile_model else ():
             block.compile()
-    groups = parameter_groups(new, modules, args.lr, args.trunk_lr_scale, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    groups = parameter_groups(new, modules, args.lr or preset.lr, args.trunk_lr_scale, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     rms = nn.ModuleDict({name: RunningRMS() for name in TERMS[phase]}).to(device)
@@ -1224,13 +1271,15 @@ def main(args: Args) -> dict:
         meta = load_meta(data_dir)
         check_args(args, meta)
         train_names, held_names = split_episodes(args, meta)
-        rows, held = load_rows(data_dir, train_names, meta), load_rows(data_dir, held_names, meta)
         data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in meta["episodes"])]
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
             networks, done = load_networks(checkpoint, list(checkpoint["models"]), device), checkpoint["done"]
+            known = checkpoint["tasks"]
         else:
-            networks, done = load_given(args, meta, device)
+            networks, done, known = load_given(args, meta, device)
+        tasks, task_of = name_tasks(args, meta, known)
+        rows, held = (load_rows(data_dir, names, meta, task_of) for names in (train_names, held_names))
         if args.phase != "tokenizer":
             open_loop_windows(held)  # fail now, not after the training
         windows, relevant = choose_windows(rows, PRESETS[args.preset].lengths[0])
@@ -1277,7 +1326,7 @@ def main(args: Args) -> dict:
         runs.seed_everything(args.seed + PHASES.index(phase), args.torch_deterministic)
         if phase != "tokenizer" and rows.z is None:
             rows.z = encode_rows(networks["tokenizer"], rows, device)
-        name, sizes = network_sizes(phase, args, meta, rows, networks)
+        name, sizes = network_sizes(phase, args, meta, rows, networks, len(tasks))
         if name not in networks:
             networks[name] = build(name, sizes, device)
         if phase == "tokenizer" and not resumed:
@@ -1289,7 +1338,12 @@ def main(args: Args) -> dict:
             state = {"sizes": {name: network.sizes for name, network in networks.items()}, "done": done, "phase": phase}
             state |= {"models": {name: network.state_dict() for name, network in networks.items()}}
             state |= {"tokenizer_id": tokenizer_id(networks), "action_spec": action_spec(meta)}
-            state |= {"action_index": "arrival", "reward": meta.get("reward"), "source": meta.get("source")}
+            state |= {
+                "tasks": tasks,
+                "action_index": "arrival",
+                "reward": meta.get("reward"),
+                "source": meta.get("source"),
+            }
             state |= {"args": dict(vars(args)), "script": Path(__file__).name, "run_dir": str(run_dir.resolve())}
             state |= {"commit": provenance["commit"], "dataset_fingerprint": provenance["dataset_fingerprint"]}
             runs.save_checkpoint(run_dir / name, state | training)
@@ -1320,20 +1374,23 @@ def main(args: Args) -> dict:
         metrics |= found
         weights = {f"{n}.{key}": x.contiguous() for n, m in networks.items() for key, x in m.state_dict().items()}
         save_file(weights, run_dir / "model.safetensors")
-        config = {"sizes": {name: network.sizes for name, network in networks.items()}}
+        config = {"sizes": {name: network.sizes for name, network in networks.items()}, "tasks": tasks}
         runs.write_json(run_dir / "config.json", config | {"action_spec": action_spec(meta)})
     for name, metric in metrics.items():
         writer.add_scalar(name, metric, sum(updates[p] for p in phases))
     report(metrics, tables)
     runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     if heads is not None and args.env_id:
-        agents = {way: AgentPlayer(networks, way == "sampled", device) for way in ("greedy", "sampled")}
+        task = best_task(rows) if args.play_task is None else tasks.index(args.play_task)
+        agents = {way: AgentPlayer(networks, task, way == "sampled", device) for way in ("greedy", "sampled")}
         seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
         try:
             tables["play"] = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps)
         except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
             writer.close()
             raise SystemExit(f"{error}. The agent is in {run_dir}/agent.pt, --phase eval plays it") from None
+        tables["play"]["task"] = tasks[task]
+        print(f"the agent plays as {tasks[task]}")
         for name, (mean, low, high) in tables["play"]["score"].items():
             print(f"score {name:<10}{mean:>8.1f} ({low:.1f} to {high:.1f})")
         metrics |= {

@@ -29,6 +29,8 @@ class Rows:
     act_valid: torch.Tensor  # (R,) bool
     rew_valid: torch.Tensor  # (R,) bool
     runs: np.ndarray  # (U, 2) first row, row after the last
+    episode: np.ndarray  # (R,) number of the episode
+    task: torch.Tensor  # (R,) int64, whose play it is
 
 
 def run_starts(frame_index: np.ndarray, cont: np.ndarray) -> np.ndarray:
@@ -99,12 +101,13 @@ def load_episode(path: Path, meta: dict) -> dict[str, np.ndarray]:
     return rows
 
 
-def load_rows(data_dir: Path, names: list[str], meta: dict) -> Rows:
-    """The episodes of these names, end to end. Raises ValueError as `load_episode` does."""
+def load_rows(data_dir: Path, names: list[str], meta: dict, tasks: dict[str, int] | None = None) -> Rows:
+    """The episodes of these names, end to end; `tasks` by their names, None: 0. Raises ValueError as `load_episode`."""
     episodes = [load_episode(data_dir / f"{name}.npz", meta) for name in names]
     joined = {column: np.concatenate([rows[column] for rows in episodes]) for column in episodes[0]}
     starts = np.concatenate([run_starts(rows["frame_index"], rows["cont"]) for rows in episodes])
     first = np.flatnonzero(starts)
+    episode = np.repeat(np.arange(len(names)), [len(rows["reward"]) for rows in episodes])
     return Rows(
         frames=joined.get("frames"),
         z=torch.tensor(joined["z"]) if "z" in joined else None,
@@ -115,4 +118,6 @@ def load_rows(data_dir: Path, names: list[str], meta: dict) -> Rows:
         act_valid=torch.tensor(joined["act_valid"].astype(bool)),
         rew_valid=torch.tensor(joined["rew_valid"].astype(bool)),
         runs=np.stack([first, np.r_[first[1:], len(starts)]], 1).astype(np.int64),
+        episode=episode,
+        task=torch.tensor([tasks[name] if tasks else 0 for name in names])[episode],
     )

@@ -19,8 +19,8 @@ STATUS_ROWS = 24  # lives and score
 SHIP_TOP, SHIP_HEIGHT, SHIP_WIDTH, SHIP_LEFT_MOST, SHIP_RIGHT_MOST, SHIP_SPEED = 182, 24, 22, 10, 285, 15
 SHOT_SPEEDS, ENEMY_SPEEDS = (3, 15), (2, 6)  # pixels a step downwards; the game slows down where much is to draw
 BULLET_SPEED = 15  # pixels a step upwards
-FIRE_NEAR = 25  # pixels beside the line of an enemy from which it is fired at: better too often
-MARGIN = 3  # pixels to keep clear of all that comes down
+FIRE_NEAR = 40  # pixels beside the line of an enemy from which it is fired at: better too often
+MARGIN = 14  # pixels to keep clear of all that comes down: about a step, so that imitators who are a step off live
 
 
 class RandomPlayer:

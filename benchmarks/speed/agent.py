@@ -44,7 +44,7 @@ def make_networks(preset: a.Preset, device) -> tuple[a.Dynamics, a.Heads]:
     actions = {"n_movement": N_MOVEMENT, "n_keys": N_KEYS}
     sizes = {"dim": preset.dim, "layers": preset.layers, "heads": preset.heads, "kv_heads": preset.kv_heads}
     sizes |= {"registers": preset.registers, "time_every": preset.time_every, "k_max": preset.k_max}
-    dynamics = a.Dynamics(z_shape, True, **actions, **sizes, context=preset.context).to(device)
+    dynamics = a.Dynamics(z_shape, True, **actions, n_tasks=1, **sizes, context=preset.context).to(device)
     return dynamics, a.Heads(preset.dim, 8, **actions, reward_limit=5.0, value_limit=9.0).to(device)
 
 
@@ -53,7 +53,8 @@ def make_batch(preset: a.Preset, B: int, T: int, device) -> dict[str, torch.Tens
     z = torch.rand(B, T, preset.n_latents // preset.pack, preset.latent_dim * preset.pack) * 2 - 1
     batch = {"z": z, "movement": torch.randint(0, N_MOVEMENT, known.shape), "reward": torch.randn(known.shape)}
     batch |= {"keys": torch.randint(0, 2, (*known.shape, N_KEYS)).float(), "cont": known.float(), "inside": known}
-    return {name: x.to(device) for name, x in (batch | {"act_valid": known, "rew_valid": known}).items()}
+    batch |= {"act_valid": known, "rew_valid": known, "task": torch.zeros(B, dtype=torch.long)}
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def written_out(q, k, v, attn_mask=None, enable_gqa=False):
@@ -127,7 +128,7 @@ def compare_play(args: Args, preset: a.Preset, device, clock, name: str):
     batch = make_batch(preset, 1, preset.context + args.frames, device)
 
     def part(first: int, stop: int) -> tuple[torch.Tensor, dict]:
-        return batch["z"][:, first:stop], {key: batch[key][:, first:stop] for key in a.ACTION}
+        return batch["z"][:, first:stop], {key: batch[key][:, first:stop] for key in a.ACTION} | {"task": batch["task"]}
 
     def cached(_):
         _, known = a.look(dynamics, *part(0, preset.context), {})

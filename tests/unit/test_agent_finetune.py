@@ -10,7 +10,7 @@ from torch import nn
 import agent_finetune as a
 from tests.packed import write_packed
 
-DYNAMICS = {"z_shape": (3, 4), "bounded": True, "n_movement": 5, "n_keys": 2, "dim": 16, "layers": 4}
+DYNAMICS = {"z_shape": (3, 4), "bounded": True, "n_movement": 5, "n_keys": 2, "n_tasks": 2, "dim": 16, "layers": 4}
 DYNAMICS |= {"heads": 4, "kv_heads": 2, "registers": 2, "time_every": 2, "k_max": 8, "context": 4}
 
 
@@ -26,6 +26,7 @@ def inputs(B: int = 2, T: int = 7, k_max: int = 8) -> dict:
         "movement": torch.randint(0, 5, (B, T)),
         "keys": torch.randint(0, 2, (B, T, 2)).float(),
         "act_valid": torch.rand(B, T) < 0.8,
+        "task": torch.zeros(B, dtype=torch.long),
     }
     signal = torch.randint(0, k_max, (B, T))
     return {"z": torch.randn(B, T, 3, 4), "signal": signal, "step": torch.zeros_like(signal), "actions": actions}
@@ -228,6 +229,8 @@ def test_nothing_sees_the_future_and_nobody_sees_the_agent(dynamics):
     assert (h[:, 5:] != h2[:, 5:]).any(-1).all() and (z[:, 6] != z2[:, 6]).any()
     nn.init.normal_(dynamics.agent), nn.init.normal_(dynamics.task.weight)
     z3, h3, _ = dynamics(**x)
+    z4, h4, _ = dynamics(**x | {"actions": x["actions"] | {"task": torch.tensor([0, 1])}})
+    assert torch.equal(z, z4) and torch.equal(h3[0], h4[0]) and (h3[1] != h4[1]).any(-1).all()
     assert torch.equal(z, z3) and (h != h3).all(-1).any()
     z3.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in dynamics.agent_parameters())
@@ -269,7 +272,7 @@ def test_a_cache_gives_what_the_whole_window_gives(dynamics, parts):
     cache, first, out = {}, 0, []
     for length in parts:
         part = slice(first, first + length)
-        actions = {name: action[:, part] for name, action in x["actions"].items()}
+        actions = {name: x["actions"][name][:, part] for name in a.ACTION} | {"task": x["actions"]["task"]}
         *read, cache = dynamics(x["z"][:, part], x["signal"][:, part], x["step"][:, part], actions, cache=cache)
         out.append(read)
         first += length
@@ -378,7 +381,7 @@ def test_bootstrap_target_is_the_division_of_equation_7_without_its_division():
 
 def world_batch(B: int = 8, T: int = 6) -> dict:
     x = inputs(B, T)
-    more = {name: torch.cat([action, action], 1) for name, action in x["actions"].items()}
+    more = {name: torch.cat([x["actions"][name]] * 2, 1) for name in a.ACTION} | {"task": x["actions"]["task"]}
     known = torch.ones(B, 2 * T, dtype=torch.bool)
     reward = torch.randn(B, 2 * T)
     return more | {"z": x["z"], "reward": reward, "cont": torch.ones(B, 2 * T), "rew_valid": known, "inside": known}
@@ -453,7 +456,8 @@ def some_rows(runs: list[tuple[int, int]], rewards: list[int]) -> a.Rows:
     reward[rewards] = 1
     rows = {"frames": None, "z": torch.arange(R).half()[:, None, None], "movement": torch.zeros(R, dtype=torch.long)}
     rows |= {"keys": torch.zeros(R, 1), "reward": reward, "cont": known.float(), "act_valid": known, "rew_valid": known}
-    return a.Rows(**rows, runs=np.array(runs))
+    task = torch.zeros(R, dtype=torch.long)
+    return a.Rows(**rows, runs=np.array(runs), episode=np.repeat(np.arange(len(runs)), np.diff(runs)[:, 0]), task=task)
 
 
 def test_windows_lie_inside_runs_cover_them_and_know_their_rewards():
@@ -464,6 +468,14 @@ def test_windows_lie_inside_runs_cover_them_and_know_their_rewards():
     assert covered == set(range(40))  # a run of one frame has nothing to predict
     for (first, stop), hit in zip(windows, relevant, strict=True):
         assert hit == any(first <= event < min(first + 8, stop) for event in (12, 30))
+
+
+def test_the_best_task_has_the_highest_mean_return():
+    rows = some_rows([(0, 10), (10, 13), (13, 40), (40, 50)], [1, 11, 12, 20])  # returns 1, 2, 1, 0
+    rows.task = torch.tensor([0, 2, 1, 2])[rows.episode]
+    assert a.best_task(rows) == 0 or a.best_task(rows) == 1  # 1, 1 and (2 + 0) / 2
+    rows.reward[45] = 3
+    assert a.best_task(rows) == 2
 
 
 def test_rows_beyond_a_run_do_not_count():
@@ -569,10 +581,10 @@ def test_the_agent_plays_by_what_the_evaluation_reads(tmp_path):
     rows = a.load_rows(folder, ["heldout_0001"], a.load_meta(folder))
     networks = small_agent()
     rows.z = a.encode_rows(networks["tokenizer"], rows, "cpu")
-    actions = {name: getattr(rows, name)[None] for name in a.ACTION}
+    actions = {name: getattr(rows, name)[None] for name in a.ACTION} | {"task": torch.tensor([0])}
     h, _ = a.look(networks["dynamics"], rows.z[None].float(), actions, {}, [torch.Generator().manual_seed(3)])
     done = (2 * rows.movement + rows.keys[:, 0]).long().numpy()[1:, None]  # after each screen but the last
-    player = a.AgentPlayer(networks, sample=False, device="cpu")
+    player = a.AgentPlayer(networks, 0, sample=False, device="cpu")
     draw_noise, t = a.draw_noise, iter(range(30))
     noise = draw_noise(rows.z[None].shape, [torch.Generator().manual_seed(3)], "cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -587,7 +599,7 @@ def test_the_agent_plays_by_what_the_evaluation_reads(tmp_path):
 def test_a_game_does_not_depend_on_those_beside_it(sample):
     rng = np.random.default_rng(0)
     screens, done = rng.integers(0, 256, (12, 3, 48, 80, 3), np.uint8), rng.integers(0, 10, (12, 3))
-    player = a.AgentPlayer(small_agent(), sample, "cpu")
+    player = a.AgentPlayer(small_agent(), 0, sample, "cpu")
     together = play_along(player, [5, 6, 7], screens, done)
     alone = play_along(player, [6], screens[:, 1:2], done[:, 1:2])
     assert together[:, 1].tolist() == alone[:, 0].tolist()
@@ -595,7 +607,7 @@ def test_a_game_does_not_depend_on_those_beside_it(sample):
 
 def test_sampled_actions_come_as_often_as_their_probabilities():
     networks = small_agent()
-    player = a.AgentPlayer(networks, True, "cpu")
+    player = a.AgentPlayer(networks, 0, True, "cpu")
     logits = torch.tensor([0.0, 1.0, 0.5, -1.0, -2.0, 0.8])
     out = networks["heads"].policy.out
     nn.init.zeros_(out.weight), out.bias.data.copy_(logits.repeat(2))

@@ -82,7 +82,15 @@ def some_actions(runs: list[tuple[int, int]], seed: int, n_keys: int = 1) -> Row
     rows = {"frames": None, "z": None, "reward": torch.zeros(R), "cont": torch.ones(R), "act_valid": known}
     movement = torch.tensor(np.repeat(rng.integers(0, 3, R), 2)[:R])
     keys = torch.tensor(rng.integers(0, 2, (R, n_keys))).float()
-    return Rows(**rows, movement=movement, keys=keys, rew_valid=known.clone(), runs=np.array(runs))
+    return Rows(
+        **rows,
+        movement=movement,
+        keys=keys,
+        rew_valid=known.clone(),
+        runs=np.array(runs),
+        episode=np.zeros(R, int),
+        task=torch.zeros(R, dtype=torch.long),
+    )
 
 
 def test_counting_predicts_as_a_plain_loop_does():
