@@ -484,7 +484,7 @@ def test_the_shooter_goes_under_an_enemy_fires_there_and_gets_out_of_the_way():
 
     ships, actions = play(40, 130, enemies=[(40, 220)])
     fired_from = [ship for ship, action in zip(ships, actions, strict=False) if action % 2]
-    assert len(fired_from) >= 2 and all(abs(ship - 220) < 20 for ship in fired_from)
+    assert len(fired_from) >= 2 and all(abs(ship - 220) < 50 for ship in fired_from)
     assert not any(a % 2 and b % 2 for a, b in zip(actions, actions[1:], strict=False))  # held down it fires once
     assert set(actions[:3]) == {0}, "nothing is known before the reaction time"
     ships, _ = play(12, 130, shots=[(110, 138)])
