@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,16 @@ from tests.packed import play, write_packed
 ROOT = Path(__file__).resolve().parents[2]
 TINY = a.Preset(
     **{"patch": 16, "tokenizer_dim": 32, "n_latents": 4, "latent_dim": 8, "dim": 32, "layers": 2, "heads": 2},
-    **{"kv_heads": 1, "registers": 1, "k_max": 4, "context": 6, "lengths": (4, 10), "batch_sizes": (4, 4, 4)},
+    **{
+        "pack": 2,
+        "lr": 1e-3,
+        "kv_heads": 1,
+        "registers": 1,
+        "k_max": 4,
+        "context": 6,
+        "lengths": (4, 10),
+        "batch_sizes": (4, 4, 4),
+    },
     steps=(30, 30, 30),
 )
 QUICK = {"warmup_steps": 3, "log_every": 1, "save_every": 7, "device": "cpu"}
@@ -69,10 +80,31 @@ def test_an_agent_is_evaluated_again_alike(run, packed, tmp_path):
 
 
 def test_a_phase_from_checkpoints_equals_the_same_phase_after_the_others(run, packed, tmp_path):
-    settings = {"tokenizer_checkpoint": f"{run['run_dir']}/tokenizer.pt", "phase": "agent"}
-    settings |= {"dynamics_checkpoint": f"{run['run_dir']}/dynamics.pt", "run_root": str(tmp_path)}
+    for name in ("tokenizer", "dynamics"):
+        shutil.copy(f"{run['run_dir']}/{name}.pt", tmp_path)
+    settings = {"tokenizer_checkpoint": str(tmp_path / "tokenizer.pt"), "phase": "agent"}
+    settings |= {"dynamics_checkpoint": str(tmp_path / "dynamics.pt"), "run_root": str(tmp_path / "runs")}
     alone = a.main(a.Args(data_dir=str(packed), **settings, **QUICK))
     assert curve(alone["run_dir"], "train/policy_loss") == curve(run["run_dir"], "train/policy_loss")
+    for name in ("tokenizer", "dynamics"):
+        (tmp_path / f"{name}.pt").unlink()
+    again = a.main(a.Args(resume=alone["run_dir"]))  # all that it needs is in its own folder
+    assert again == pytest.approx(alone, nan_ok=True)
+
+
+def test_updates_that_are_not_finite_are_left_out_and_end_the_run(packed, tmp_path, monkeypatch):
+    terms, updates = a.tokenizer_terms, []
+
+    def broken_from_the_third_on(*args):
+        updates.append(1)
+        return {"recon": terms(*args)["recon"] * (math.nan if len(updates) > 2 else 1.0)}
+
+    monkeypatch.setattr(a, "tokenizer_terms", broken_from_the_third_on)
+    with pytest.raises(SystemExit, match="20 updates in a row, to number 22 of the tokenizer.*Lower --lr.*--resume"):
+        a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path), **QUICK))
+    (run_dir,) = tmp_path.iterdir()
+    state = torch.load(run_dir / "last.pt", weights_only=True)
+    assert state["step"] == 21 and all(torch.isfinite(x).all() for x in state["models"]["tokenizer"].values())
 
 
 @pytest.mark.parametrize("trunk", ["freeze", "finetune"])

@@ -321,6 +321,29 @@ def test_tokenizer_sees_no_later_frame_and_its_cache_agrees(grid):
     assert torch.allclose(torch.cat([p[1] for p in parts], 1), made, atol=1e-5)
 
 
+@pytest.mark.parametrize(("preset", "millions"), [("cpu", 0.8), ("gpu-s", 40), ("gpu-m", 115)])
+def test_every_preset_makes_networks_that_fit_together(preset, millions):
+    p, rows = a.PRESETS[preset], some_rows([(0, 10)], [1])
+    args, meta = a.Args(preset=preset), {"n_movement": 9, "keys": ["B"]}
+    with torch.device("meta"):  # shapes alone
+        name, sizes = a.network_sizes("tokenizer", args, meta, rows, {}, 1)
+        networks = {name: a.build(name, sizes, "meta")}
+        frames = torch.zeros(1, 2, 3, p.frame_size, p.frame_size)
+        z, _ = networks["tokenizer"].encode(frames)
+        assert networks["tokenizer"].decode(z)[0].shape == frames.shape
+    rows.z = torch.zeros(10, *z.shape[2:])
+    with torch.device("meta"):
+        for phase in ("dynamics", "agent"):
+            name, sizes = a.network_sizes(phase, args, meta, rows, networks, 1)
+            networks[name] = a.build(name, sizes, "meta")
+        actions = {"movement": torch.zeros(1, 2).long(), "keys": torch.zeros(1, 2, 1), "task": torch.zeros(1).long()}
+        actions["act_valid"] = torch.ones(1, 2).bool()
+        made, h, _ = networks["dynamics"](z, actions["movement"], actions["movement"], actions)
+        assert made.shape == z.shape and networks["heads"].policy(h).shape == (1, 2, 8, 10)
+    count = sum(parameter.numel() for parameter in networks["dynamics"].parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.15)
+
+
 def test_patches_are_put_back_where_they_were_cut():
     tokenizer = a.Tokenizer(16, 4, 16, 1, 2, 4, 3, 2, 0, 2, grid=True)
     frames = torch.rand(1, 2, 3, 16, 16)
