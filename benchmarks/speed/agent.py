@@ -4,7 +4,8 @@
     python -m benchmarks.speed.agent --preset gpu-s --device cuda
 
 Training: the rival is the same update with attention written out (scores, softmax, values) and an optimiser that goes
-from tensor to tensor. Play: the rival runs the whole context again for every frame; the agent keeps keys and values.
+from tensor to tensor. Play: the rival gives the same numbers without a cache, from all frames that the network sees, which
+is the context once for each of its layers over time.
 The share of the peak is the update's floating-point operations by its time, against a large matrix product's in the
 same run. Latents and actions are noise. On a GPU the clock is the wall's, with one synchronisation a round. Writes
 results/agent_training.json and agent_play.json, with the preset's name where it is not cpu.
@@ -125,23 +126,24 @@ def measure_peak(device, dtype, clock) -> float:
 def compare_play(args: Args, preset: a.Preset, device, clock, name: str):
     torch.manual_seed(1)
     dynamics = make_networks(preset, device)[0].eval()
-    batch = make_batch(preset, 1, preset.context + args.frames, device)
+    seen = preset.layers // preset.time_every * (preset.context - 1) + 1
+    batch = make_batch(preset, 1, seen + args.frames, device)
 
     def part(first: int, stop: int) -> tuple[torch.Tensor, dict]:
         return batch["z"][:, first:stop], {key: batch[key][:, first:stop] for key in a.ACTION} | {"task": batch["task"]}
 
     def cached(_):
-        _, known = a.look(dynamics, *part(0, preset.context), {})
-        for t in range(preset.context, preset.context + args.frames):
+        _, known = a.look(dynamics, *part(0, seen), {})
+        for t in range(seen, seen + args.frames):
             _, known = a.look(dynamics, *part(t, t + 1), known)
 
     def whole(_):
-        for t in range(preset.context, preset.context + args.frames):
-            a.look(dynamics, *part(t + 1 - preset.context, t + 1), {})
+        for t in range(seen, seen + args.frames):
+            a.look(dynamics, *part(t + 1 - seen, t + 1), {})
 
-    seconds = paired.run_in_turn({"the whole context": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
-    more = {"preset": args.preset, "device": name_of(device), "context": preset.context}
-    target = ("agent_finetune.py", "the whole context", 5.0)
+    seconds = paired.run_in_turn({"without a cache": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
+    more = {"preset": args.preset, "device": name_of(device), "frames_seen": seen}
+    target = ("agent_finetune.py", "without a cache", 5.0)
     paired.report(f"agent_play{name}", seconds, args.frames, "frames", [target], more)
 
 
