@@ -276,13 +276,16 @@ def gather(rows: Rows, windows: np.ndarray, length: int, ahead: int, device) -> 
 
 
 # ALGO LOGIC: network --------------------------------------------------------------------------------------------------
-def rope(x: torch.Tensor, first: int) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021) first, first + 1, ... of (..., T, H)."""
-    half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = (first + torch.arange(x.shape[-2], device=x.device))[:, None] * frequency  # (T, H / 2)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, -1)
+def rotation(first: int, length: int, head_dim: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (T, H / 2) of the rotary positions (Su et al. 2021) first, first + 1, ..."""
+    frequency = 10_000.0 ** (-torch.arange(head_dim // 2, device=device) / (head_dim // 2))
+    angle = torch.arange(first, first + length, device=device)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rope(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """(..., T, H) turned by a `rotation`."""
+    (cos, sin), (a, b) = turn, x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
@@ -300,9 +303,10 @@ class Block(nn.Module):
         hidden = 64 * math.ceil(dim * 8 / 3 / 64)
         self.ff_in, self.ff_out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x, mask, first: int = 0, past=None):
-        """x (B, T, S, D); mask (S, S), or over time (T, K), (B, T, K), None for all; True may be seen. `past`: keys
-        and values (B * S, heads, K - T, H) of the frames before `first`. Returns x, keys and values."""
+    def forward(self, x, mask, turn=None, past=None):
+        """x (B, T, S, D); mask (S, S), or over time (T, K), (B, T, K), None for all; True may be seen. Over time `turn`
+        is the frames' rotation, `past` keys and values (B * S, heads, K - T, H) of frames before them. Returns x, keys
+        and values."""
         B, T, S, D = x.shape
         y = self.norm(x)
         y = y.transpose(1, 2).reshape(B * S, T, D) if self.over_time else y.reshape(B * T, S, D)
@@ -310,7 +314,7 @@ class Block(nn.Module):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.over_time:
-            q, k = rope(q, first), rope(k, first)
+            q, k = rope(q, turn), rope(k, turn)
             if past is not None:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
             if mask is not None and mask.dim() == 3:
@@ -334,7 +338,7 @@ class Trunk(nn.Module):
         super().__init__()
         over_time = [time_every > 0 and i % time_every == time_every - 1 for i in range(layers)]
         self.blocks = nn.ModuleList(Block(dim, heads, kv_heads, time) for time in over_time)
-        self.norm, self.context, self.recompute = nn.RMSNorm(dim), context, False
+        self.norm, self.context, self.head_dim, self.recompute = nn.RMSNorm(dim), context, dim // heads, False
         self.register_buffer("allowed", allowed, persistent=False)
 
     def time_mask(self, T: int, past: int, independent: torch.Tensor | None) -> torch.Tensor | None:
@@ -351,8 +355,9 @@ class Trunk(nn.Module):
         first, past = (cache or {}).get("first", 0), (cache or {}).get("past", [None] * len(self.blocks))
         known = next((p[0].shape[2] for p in past if p is not None), 0)
         mask, new = self.time_mask(x.shape[1], known, independent), []
+        turn = rotation(first, x.shape[1], self.head_dim, x.device)
         for block, before in zip(self.blocks, past, strict=True):
-            args = (x, mask if block.over_time else self.allowed, first, before)
+            args = (x, mask if block.over_time else self.allowed, turn, before)
             if self.recompute and self.training and torch.is_grad_enabled():
                 x, seen = recompute(block, *args, use_reentrant=False)
             else:

@@ -4,11 +4,11 @@
     python -m benchmarks.speed.agent --preset gpu-s --device cuda
 
 Training: the rival is the same update with attention written out (scores, softmax, values) and an optimiser that goes
-from tensor to tensor. Play: the rival gives the same numbers without a cache, from all frames that the network sees, which
-is the context once for each of its layers over time.
-The share of the peak is the update's floating-point operations by its time, against a large matrix product's in the
-same run. Latents and actions are noise. On a GPU the clock is the wall's, with one synchronisation a round. Writes
-results/agent_training.json and agent_play.json, with the preset's name where it is not cpu.
+from tensor to tensor. Play: the rival gives the same numbers without a cache, from all frames that the network sees,
+the context once for each of its layers over time. The share of the peak is the update's floating-point operations by
+its time, against a large matrix product's in the same run. Latents and actions are noise. On a GPU the clock is the
+wall's, with one synchronisation a round. Writes results/agent_training.json and agent_play.json, with the preset's name
+where it is not cpu.
 """
 
 import time
@@ -107,8 +107,7 @@ def compare_training(args: Args, preset: a.Preset, device, clock, name: str):
         "share_of_peak": flops / best / peak,
         "parameters": sum(p.numel() for p in make_networks(preset, "cpu")[0].parameters()),
     }
-    target = ("agent_finetune.py", "attention written out, plain AdamW", 1.0)
-    paired.report(f"agent_training{name}", seconds, args.updates * B * T, "frames", [target], more)
+    paired.report(f"agent_training{name}", seconds, args.updates * B * T, "frames", [], more)
 
 
 def measure_peak(device, dtype, clock) -> float:
