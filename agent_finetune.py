@@ -36,7 +36,7 @@ from common.returns import death_events  # noqa: F401  the rule by which pack_ep
 from common.video import resize
 from packed_episodes.rows import Rows, load_meta, load_rows
 from packed_episodes.scores import Decibels, draw_open_loop, foreground, psnr, report, score_policy, score_reward
-from retro_env.play import compare_players
+from retro_env.play import check_game, compare_players
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Args:
     num_envs: int = 10
     """games that are played side by side, each in a process"""
     sampling_steps: int = 0
-    """denoising steps of a predicted frame; 0 means the preset's"""
+    """denoising steps of a predicted frame in the evaluation; 0 means 4"""
     log_every: int = 10
     """updates between two rows of TensorBoard scalars"""
     save_every: int = 200
@@ -1044,7 +1044,8 @@ def name_tasks(args: Args, meta: dict, known: list[str] | None) -> tuple[list[st
     new = sorted(set(each.values()) - set(tasks))
     if new:
         found = f"{args.data_dir} has episodes of {', '.join(new)}, the checkpoint knows {', '.join(tasks)}"
-        raise ValueError(f"{found}. Train the dynamics on these data, or change --tasks {args.tasks}")
+        mend = "Add --tasks none" if tasks == ["all"] else "Leave out --tasks none" if args.tasks == "none" else ""
+        raise ValueError(f"{found}. {mend or 'Name data of those players, or train the dynamics on these'}")
     if args.play_task is not None and args.play_task not in tasks:
         raise ValueError(f"--play-task {args.play_task}: expected one of {', '.join(tasks)}")
     return tasks, {name: tasks.index(task) for name, task in each.items()}
@@ -1061,12 +1062,41 @@ def action_spec(meta: dict) -> dict:
     return {name: meta.get(name) for name in ("n_movement", "movements", "keys", "fps")}
 
 
-def load_networks(state: dict, names: list[str], device) -> dict[str, nn.Module]:
-    """Of a checkpoint, strictly: every tensor of each."""
-    networks = {name: build(name, state["sizes"][name], device) for name in names}
-    for name, network in networks.items():
-        network.load_state_dict(state["models"][name])
+def load_networks(path: Path, state: dict, names: list[str], device) -> dict[str, nn.Module]:
+    """Of the checkpoint that was read from `path`, strictly: every tensor of each. Raises ValueError with its name."""
+    try:
+        networks = {name: build(name, state["sizes"][name], device) for name in names}
+        for name, network in networks.items():
+            network.load_state_dict(state["models"][name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        found = f"{path} is of another version of {Path(__file__).name} ({str(error).splitlines()[0]})"
+        raise ValueError(f"{found}. Train it again, or take the script in its run folder") from None
     return networks
+
+
+def load_phase(phase: str, path: Path, args: Args, meta: dict) -> dict:
+    """The checkpoint that the flag of a phase names. Raises ValueError where it is none of that phase, or belongs to
+    another preset or to data of another kind."""
+    flag = f"--{phase}-checkpoint"
+    if not path.is_file():
+        raise ValueError(f"{path} is no file. Name the {phase}.pt of a run: {flag} runs/<run>/{phase}.pt")
+    state = runs.load_checkpoint(path)
+    if state.get("script") != Path(__file__).name or "tokenizer_id" not in state:
+        raise ValueError(f"{path} is of another script, or of an older version of it. Train it again")
+    if "step" in state and state["phase"] == phase:
+        raise ValueError(f"{path} stopped at update {state['step']}. Finish it: --resume {state['run_dir']}")
+    missing = [name for name in list(BUILD)[: PHASES.index(phase) + 1] if name not in state["models"]]
+    if missing and not (missing == ["tokenizer"] and "z_shape" in meta):
+        raise ValueError(f"{path} holds no {missing[0]}. Name the {phase}.pt of a run of {Path(__file__).name}")
+    if state["args"]["preset"] != args.preset:
+        raise ValueError(f"{path} is of the preset {state['args']['preset']}. Add --preset {state['args']['preset']}")
+    spec = {"actions": action_spec(meta)} | ({"rewards": meta.get("reward")} if phase == "agent" else {})
+    was = {"actions": state["action_spec"], "rewards": state["reward"]}
+    for what, here in spec.items() if phase != "tokenizer" else ():
+        if was[what] != here:
+            found = f"the {what} {was[what]}, {args.data_dir} has {here}"
+            raise ValueError(f"{path} was trained on {found}. Name the data that it was trained on")
+    return state
 
 
 def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str], list[str] | None]:
@@ -1077,21 +1107,15 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
         "dynamics": args.dynamics_checkpoint,
         "agent": args.agent_checkpoint,
     }
-    states = {phase: (path, runs.load_checkpoint(Path(path))) for phase, path in given.items() if path}
+    states = {phase: (path, load_phase(phase, Path(path), args, meta)) for phase, path in given.items() if path}
     networks, done, tasks = {}, [], None
     for phase, (path, state) in states.items():
-        done = list(PHASES[: PHASES.index(phase) + 1])
-        names = [name for name in list(BUILD)[: len(done)] if name != "tokenizer" or "frame_shape" in meta]
-        missing = [name for name in names if name not in state.get("models", {})]
-        if missing:
-            raise ValueError(f"{path} holds no {missing[0]}. Name the {phase}.pt of a run of {Path(__file__).name}")
-        if phase != "tokenizer" and state["action_spec"] != action_spec(meta):
-            found = f"{state['action_spec']}, {args.data_dir} has {action_spec(meta)}"
-            raise ValueError(f"{path} was trained on the actions {found}. Name the data that it was trained on")
         first_path, first = next(iter(states.values()))
         if state["tokenizer_id"] != first["tokenizer_id"]:
             raise ValueError(f"{path} was trained with another tokenizer than {first_path}. Name that of its run")
-        networks, tasks = load_networks(state, names, device), state["tasks"] if phase != "tokenizer" else None
+        done = list(PHASES[: PHASES.index(phase) + 1])
+        names = [name for name in list(BUILD)[: len(done)] if name != "tokenizer" or "frame_shape" in meta]
+        networks, tasks = load_networks(path, state, names, device), state["tasks"] if phase != "tokenizer" else None
     z_shape = networks["dynamics"].sizes["z_shape"] if "dynamics" in networks else meta.get("z_shape")
     if z_shape != meta.get("z_shape", z_shape):
         found = f"latents of {z_shape}, {args.data_dir} has {meta['z_shape']}"
@@ -1116,7 +1140,16 @@ def check_args(args: Args, meta: dict):
     for name, low in (least | {"warmup_steps": 0, "long_every": 0}).items():
         if getattr(args, name) < low:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more")
-    highest = 1 - 1 / PRESETS[args.preset].k_max
+    least = dict.fromkeys(("lr", "weight_decay", "max_grad_norm", "foreground_weight", "play_seed"), 0.0)
+    for name, low in least.items():
+        if not getattr(args, name) >= low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name):g}: expected {low:g} or more")
+    if not min(args.reward_range, args.value_range) > 0:
+        raise ValueError(f"--reward-range {args.reward_range:g} --value-range {args.value_range:g}: expected above 0")
+    k_max = PRESETS[args.preset].k_max
+    if args.sampling_steps > k_max:
+        raise ValueError(f"--sampling-steps {args.sampling_steps}: --preset {args.preset} has {k_max} levels")
+    highest = 1 - 1 / k_max
     if args.agent_signal > highest:
         raise ValueError(f"--agent-signal {args.agent_signal}: no frame is above {highest:g}, no head would learn")
     if args.trunk_lr_scale <= 0 or args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
@@ -1268,7 +1301,7 @@ def main(args: Args) -> dict:
     checkpoint = None
     try:
         if args.resume:
-            args = runs.resume_args(args, may_change=("device", "env_id", "play_episodes", "num_envs"))
+            args = runs.resume_args(args, may_change=("device", "env_id", "play_episodes", "num_envs", "play_task"))
             checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
             torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
         device = runs.pick_device(args.device)
@@ -1279,18 +1312,20 @@ def main(args: Args) -> dict:
         data_files = [data_dir / "meta.json", *(data_dir / f"{name}.npz" for name in meta["episodes"])]
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
-            networks, done = load_networks(checkpoint, list(checkpoint["models"]), device), checkpoint["done"]
-            known = checkpoint["tasks"]
+            networks = load_networks(Path(args.resume) / "last.pt", checkpoint, list(checkpoint["models"]), device)
+            done, known = checkpoint["done"], checkpoint["tasks"]
         else:
             networks, done, known = load_given(args, meta, device)
         tasks, task_of = name_tasks(args, meta, known)
         rows, held = (load_rows(data_dir, names, meta, task_of) for names in (train_names, held_names))
         if args.phase != "tokenizer":
             open_loop_windows(held)  # fail now, not after the training
+        if args.env_id:
+            check_game(args.env_id, meta)
         windows, relevant = choose_windows(rows, PRESETS[args.preset].lengths[0])
         if not len(windows):
             raise ValueError(f"{data_dir}: no run of two frames to train on. Pack longer ones with pack_episodes.py")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     n_phases = {"tokenizer": 1, "dynamics": 2, "agent": 3, "all": 3, "eval": 0}[args.phase]
     phases = [p for p in PHASES[:n_phases] if p not in done and (p != "tokenizer" or "frame_shape" in meta)]
@@ -1322,6 +1357,10 @@ def main(args: Args) -> dict:
         f"{len(windows):,} windows, {int(relevant.sum()):,} with a reward; on {device}: "
         f"{', '.join(phases) or 'evaluation'}"
     )
+
+    unseen = sorted({tasks[i] for i in held.task.unique()} - {tasks[i] for i in rows.task.unique()})
+    if unseen:
+        print(f"of {', '.join(unseen)} there are held-out episodes only: the agent does not learn to play as they do")
 
     # training
     for phase in phases:
@@ -1370,7 +1409,7 @@ def main(args: Args) -> dict:
         metrics |= evaluate_tokenizer(tokenizer, held, device)
         held.z = encode_rows(tokenizer, held, device)
     if dynamics is not None:
-        n_steps = min(args.sampling_steps or 4, dynamics.k_max)
+        n_steps = args.sampling_steps or min(4, dynamics.k_max)
         found, tables["open_loop"], pictures = evaluate_dynamics(dynamics, tokenizer, held, n_steps, device)
         metrics |= found
         draw_open_loop(run_dir, writer, tables["open_loop"], pictures, meta["fps"])

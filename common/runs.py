@@ -71,6 +71,9 @@ def resume_args(args, may_change: tuple[str, ...]):
         )
     flags = {word.partition("=")[0][2:].removeprefix("no-").replace("-", "_") for word in sys.argv if word[:2] == "--"}
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+    foreign = sorted(set(saved) - {field.name for field in dataclasses.fields(args)})
+    if foreign:
+        raise ValueError(f"{path} is of another script or version: it has {', '.join(foreign)}. Resume another run.")
     for field in dataclasses.fields(args):
         given = getattr(args, field.name)
         is_given = given != field.default or field.name in flags

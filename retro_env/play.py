@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from itertools import islice
 
@@ -33,9 +34,24 @@ class Crowd:
         """What was really done (E,); they do not ask."""
 
 
-def make_envs(env_id: str, num_envs: int, max_steps: int) -> gym.vector.AsyncVectorEnv:
+def make_envs(env_id: str, num_envs: int, max_steps: int, sticky: float = 0.05) -> gym.vector.AsyncVectorEnv:
     """Games in processes of their own, as an emulator allows one per process."""
-    return gym.vector.AsyncVectorEnv([partial(make_game, env_id, max_steps=max_steps)] * num_envs, context="spawn")
+    make = partial(make_game, env_id, max_steps=max_steps, sticky=sticky)
+    return gym.vector.AsyncVectorEnv([make] * num_envs, context="spawn")
+
+
+def check_game(env_id: str, meta: dict):
+    """Raise an error where the game of `env_id` cannot be played, or not with the actions of meta.json's episodes."""
+    packed = (meta.get("source") or {}).get("env_id", env_id)
+    if packed != env_id:
+        raise ValueError(f"--env-id {env_id}: the packed episodes are of {packed}. Name that game")
+    n_actions = meta["n_movement"] << len(meta["keys"])
+    with closing(make_game(env_id)) as game:
+        if game.action_space.n != n_actions:
+            raise ValueError(
+                f"{env_id} takes {game.action_space.n} actions, the packed episodes have {n_actions}: "
+                f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
+            )
 
 
 def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str) -> tuple[list[dict], float]:
@@ -73,18 +89,13 @@ def interval(values: np.ndarray) -> list[float]:
 
 def compare_players(env_id: str, meta: dict, agents: dict, seeds: list[int], num_envs: int, max_steps: int) -> dict:
     """Scores of the agents, of random play and of the recorded mix (meta.json's players), each on all `seeds`, with
-    95 % intervals, also of the differences to random play. Raises ValueError for a game of other actions."""
-    envs = make_envs(env_id, min(num_envs, len(seeds)), max_steps)
+    95 % intervals, also of the differences to random play. The game is one that `check_game` lets pass."""
+    source = meta.get("source") or {}
+    envs = make_envs(env_id, min(num_envs, len(seeds)), max_steps, source.get("sticky", 0.05))
     try:
-        n_actions = meta["n_movement"] << len(meta["keys"])
-        if envs.single_action_space.n != n_actions:
-            raise ValueError(
-                f"{env_id} takes {envs.single_action_space.n} actions, the packed episodes have {n_actions}: "
-                f"{meta['n_movement']} movements and the keys {', '.join(meta['keys'])}. Name the game that was packed"
-            )
         names = {"random": ["random"]}
-        if isinstance(meta.get("source"), dict) and meta["source"].get("players"):
-            names["mix"] = list(islice(spread(meta["source"]["players"]), len(seeds)))
+        if source.get("players"):
+            names["mix"] = list(islice(spread(source["players"]), len(seeds)))
         players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
         played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
     finally:

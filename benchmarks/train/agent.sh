@@ -2,7 +2,7 @@
 # The figures of docs/agent_finetune.md, from an empty folder: pack 20,000 frames of Airstriker, train all phases, play
 # 20 games; the same with the committed sample alone. At most 50 minutes on two cores that have nothing else to do.
 #
-#   benchmarks/train/agent.sh        writes benchmarks/results/agent_finetune.json and two pictures in docs/images
+#   benchmarks/train/agent.sh        writes benchmarks/results/agent_finetune.json
 #   FRAMES=1500 STEPS=20 GAMES=2 RESULTS=build/try.json OUT=build/try benchmarks/train/agent.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -25,15 +25,15 @@ SHOWN = {  # what is shown beside its floor
 
 
 def load_run(folder: Path, name: str) -> dict:
-    """Evaluation, provenance and split of the training run, and the games of the run that plays."""
-    found = {}
+    """Evaluation and provenance of the training run, and the games of the run that plays."""
+    found, provenance = {}, {}
     for part in (name, f"{name}_play"):
         paths = sorted((folder / "runs").glob(f"*__{part}__*/eval.json"))
         if len(paths) != 1:
             raise SystemExit(f"{folder}/runs holds {len(paths)} finished runs of {part}, expected those of agent.sh")
         found[part] = json.loads(paths[0].read_text())
-    provenance = json.loads(paths[0].with_name("provenance.json").read_text())
-    return found[name] | {"play": found[f"{name}_play"]["play"], "provenance": provenance}
+        provenance[part] = json.loads(paths[0].with_name("provenance.json").read_text())
+    return found[name] | {"play": found[f"{name}_play"]["play"], "provenance": provenance[name]}
 
 
 def what_holds(name: str, run: dict, minutes: float) -> dict[str, bool]:

@@ -18,6 +18,7 @@ import pack_episodes
 from pack_episodes import Args, main
 from retro_env.airstriker import make_player, see
 from retro_env.game import RetroGame, make_game
+from retro_env.play import check_game
 
 EMULATOR = True  # tests/conftest.py: what these tests need
 GAME = "retro:Airstriker-Genesis-v0"
@@ -171,3 +172,14 @@ def test_ctrl_c_ends_the_workers_and_keeps_whole_games(tmp_path):
     assert meta["episodes"]
     for name, facts in meta["episodes"].items():
         assert len(load(tmp_path / "packed" / f"{name}.npz")["reward"]) == facts["frames"] == 41
+
+
+def test_a_game_is_checked_before_anything_is_trained():
+    meta = {"n_movement": 9, "keys": ["B"], "source": {"env_id": "retro:Airstriker-Genesis-v0"}}
+    check_game("retro:Airstriker-Genesis-v0", meta)
+    with pytest.raises(ValueError, match="--env-id retro:Other-v0: the packed episodes are of retro:Airstriker"):
+        check_game("retro:Other-v0", meta)
+    with pytest.raises(ValueError, match="takes 18 actions, the packed episodes have 9: 9 movements and the keys"):
+        check_game("retro:Airstriker-Genesis-v0", meta | {"keys": []})
+    with pytest.raises(FileNotFoundError, match="Nothing-v0 is no game"):
+        check_game("retro:Nothing-v0", {"n_movement": 9, "keys": ["B"]})

@@ -168,7 +168,29 @@ def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
     fails("nobody plays after --phase dynamics", phase="dynamics", env_id="retro:Airstriker-Genesis-v0")
     odd = write_packed(tmp_path / "odd", episodes=1, length=40, action_index="sideways")
     fails("action_index sideways, expected arrival or departure", data_dir=str(odd))
-    fails("dynamics.pt is missing", dynamics_checkpoint=str(tmp_path / "dynamics.pt"))
+    fails("dynamics.pt is no file.*--dynamics-checkpoint runs", dynamics_checkpoint=str(tmp_path / "dynamics.pt"))
+    fails("stopped at update 30. Finish it: --resume", phase="eval", agent_checkpoint=f"{run['run_dir']}/last.pt")
+    fails("--max-grad-norm -1: expected 0 or more", max_grad_norm=-1.0)
+    fails("--reward-range 0 .*expected above 0", reward_range=0.0)
+    fails("--play-task nobody: expected one of unknown", play_task="nobody")
+    players = write_packed(tmp_path / "players", episodes=1, length=40)
+    meta = json.loads((players / "meta.json").read_text())
+    for facts in meta["episodes"].values():
+        facts["player"] = "me"
+    (players / "meta.json").write_text(json.dumps(meta))
+    agent = {"phase": "eval", "agent_checkpoint": f"{run['run_dir']}/agent.pt"}
+    fails(
+        "has episodes of me, the checkpoint knows unknown. Name data of those players", data_dir=str(players), **agent
+    )
+    fails("has episodes of all, the checkpoint knows unknown. Leave out --tasks none", tasks="none", **agent)
+    (players / "meta.json").write_text(json.dumps(meta | {"reward": {"score_scale": 0.1}}))
+    fails("was trained on the rewards None, .*players has .*0.1", data_dir=str(players), **agent)
+    state = torch.load(f"{run['run_dir']}/agent.pt", weights_only=True)
+    torch.save(state | {"args": state["args"] | {"preset": "gpu-s"}}, tmp_path / "agent.pt")
+    fails("is of the preset gpu-s. Add --preset gpu-s", **agent | {"agent_checkpoint": str(tmp_path / "agent.pt")})
+    del state["sizes"]["dynamics"]["k_max"]
+    torch.save(state, tmp_path / "agent.pt")
+    fails("agent.pt is of another version", **agent | {"agent_checkpoint": str(tmp_path / "agent.pt")})
     fails("tokenizer.pt holds no dynamics", dynamics_checkpoint=f"{run['run_dir']}/tokenizer.pt")
     other = write_packed(tmp_path / "other", episodes=1, length=40, keys=["A"])
     dynamics = f"{run['run_dir']}/dynamics.pt"
