@@ -40,7 +40,10 @@ def what_holds(name: str, run: dict, minutes: float) -> dict[str, bool]:
     """The bars, by what they say."""
     metrics = {key.removeprefix("eval/"): value for key, value in run["metrics"].items()}
     score = run["play"]["score"]
-    held = {"cloning beats random, intervals apart": score["sampled"][1] > score["random"][2]}
+    ways = {"greedy": "likeliest", "sampled": "drawn"}
+    held = {
+        f"{word} actions beat random, intervals apart": score[way][1] > score["random"][2] for way, word in ways.items()
+    }
     if name == "sample":
         return held
     table = run["open_loop"]
