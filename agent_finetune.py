@@ -1,14 +1,15 @@
 """A world model of a game, and an agent inside it: recorded play to a policy that acts from what the model sees.
 
-Learns from packed episodes (frames, actions, rewards) in three phases, after Dreamer 4 (Hafner et al. 2025, arXiv
+Learns from packed episodes (frames, actions, rewards) in four phases, after Dreamer 4 (Hafner et al. 2025, arXiv
 2509.24527). tokenizer: frames to a few latents (masked autoencoder). dynamics: the next latents from the past and the
 actions (shortcut forcing). agent: an agent token in the same network reads out rewards and actions (reward and policy
-heads, behavioural cloning). Page, with the time convention drawn: docs/agent_finetune.md
+heads, behavioural cloning). imagine: the policy improves inside the model (PMPO on dreams). Page:
+docs/agent_finetune.md
 
     python agent_finetune.py --data-dir sample_packed --env-id retro:Airstriker-Genesis-v0
 
 In: a folder of pack_episodes.py. Out: runs/<task>__agent_finetune__<seed>__<time>/ with tokenizer.pt, dynamics.pt,
-agent.pt, model.safetensors, eval.json, pictures, films and TensorBoard events."""
+agent.pt, imagine.pt, model.safetensors, eval.json, pictures, films and TensorBoard events."""
 
 import hashlib
 import json
@@ -35,8 +36,18 @@ from common import runs
 from common.returns import death_events  # noqa: F401  the rule by which pack_episodes.py finds deaths
 from common.video import resize
 from packed_episodes.rows import Rows, load_meta, load_rows
-from packed_episodes.scores import Decibels, draw_open_loop, foreground, psnr, report, score_policy, score_reward
-from retro_env.play import check_game, compare_players
+from packed_episodes.scores import (
+    Decibels,
+    auc,
+    draw_dreams,
+    draw_open_loop,
+    foreground,
+    psnr,
+    report,
+    score_policy,
+    score_reward,
+)
+from retro_env.play import check_game, compare_players, interval
 
 
 @dataclass
@@ -65,15 +76,17 @@ class Args:
     heldout: str = "heldout*"
     """name or pattern of the episodes that are only evaluated on; if none matches, the last by name"""
 
-    phase: Literal["tokenizer", "dynamics", "agent", "eval", "all"] = "all"
+    phase: Literal["tokenizer", "dynamics", "agent", "imagine", "eval", "all"] = "all"
     """the last phase; those it builds on are trained first, unless their checkpoints are given. eval trains nothing and
-    needs --agent-checkpoint; all is agent and eval"""
+    needs --agent-checkpoint or --imagine-checkpoint; all is imagine"""
     tokenizer_checkpoint: str | None = None
     """tokenizer.pt of another run; None trains one"""
     dynamics_checkpoint: str | None = None
     """dynamics.pt of another run, made with that tokenizer; None trains one"""
     agent_checkpoint: str | None = None
-    """agent.pt of another run, for --phase eval"""
+    """agent.pt of another run; None trains one"""
+    imagine_checkpoint: str | None = None
+    """imagine.pt of another run, for --phase eval"""
     preset: Literal["cpu", "gpu-s", "gpu-m"] = "cpu"
     """sizes of the networks, batches and trainings; see PRESETS"""
     tokenizer_steps: int = 0
@@ -82,13 +95,15 @@ class Args:
     """updates of the dynamics; 0 means the preset's"""
     agent_steps: int = 0
     """updates of the agent; 0 means the preset's"""
+    imagine_steps: int = 0
+    """updates of the imagination, each from dreams of its own; 0 means the preset's"""
     batch_size: int = 0
-    """windows of the short length per update; 0 means the preset's"""
+    """windows of the short length, or dreams, per update; 0 means the preset's"""
 
     lr: float = 0.0
     """learning rate of AdamW, of what is new in a phase; 0 means the preset's"""
     trunk_lr_scale: float = 0.1
-    """times `lr` for the dynamics in the agent phase; above 0"""
+    """times `lr` for the dynamics in the agent phase, for the policy in imagination; above 0"""
     trunk: Literal["finetune", "freeze"] = "finetune"
     """freeze: the agent phase trains the agent token and the heads only"""
     weight_decay: float = 0.01
@@ -131,11 +146,26 @@ class Args:
     agent_signal: float = 0.5
     """frames noisier than this signal level train no head; 0 (pure noise) .. 1"""
 
+    horizon: int = 15
+    """actions of a dream"""
+    gamma: float = 0.997
+    """discount of a step, 0..1"""
+    lam: float = 0.95
+    """lambda of the returns: 0 trusts the value one step ahead, 1 only the rewards and the last value"""
+    alpha: float = 0.5
+    """weight of actions that turned out well against those that did not, 0..1"""
+    beta: float = 0.3
+    """weight of the distance (KL) to the policy of the agent phase"""
+    context_noise: float = 0.0
+    """noise in what a dream has seen, 0..1; 0 is the least that was trained, 1 / k_max, as at play"""
+    gates: bool = True
+    """stop before the imagination where dreams do not follow the actions, or bring rewards that the game does not"""
+
     tasks: Literal["player", "none"] = "player"
     """player: the agent is told whose play it is to imitate, the `player` of an episode; none: all are alike"""
     env_id: str | None = None
     """the game to play at the end, such as retro:Airstriker-Genesis-v0; None: none"""
-    play_episodes: int = 20
+    play_episodes: int = 40
     """games of each player, on the same seeds"""
     play_task: str | None = None
     """as which of the players the agent plays; None: as the one with the highest mean return in training"""
@@ -156,7 +186,7 @@ class Args:
 # Axes: B batch, T frames of a window, S slots (tokens of a frame), D width, P patches, N x Z latents of a frame, A
 # keys, M movements, L rows ahead, R rows of all episodes laid end to end, E games side by side. Row t holds frame t
 # and the action, reward and end that came with it (arrival): the policy at row t chooses the action of row t + 1.
-PHASES = ("tokenizer", "dynamics", "agent")
+PHASES = ("tokenizer", "dynamics", "agent", "imagine")
 
 
 @dataclass
@@ -182,8 +212,8 @@ class Preset:
     k_max: int = 8  # the finest step is 1 / k_max
     context: int = 16  # frames that a layer of the dynamics sees at once
     lengths: tuple[int, int] = (8, 24)  # rows of a short and of a long window
-    batch_sizes: tuple[int, int, int] = (16, 16, 16)  # by phase
-    steps: tuple[int, int, int] = (1000, 1500, 2500)
+    batch_sizes: tuple[int, int, int, int] = (16, 16, 16, 64)  # by phase
+    steps: tuple[int, int, int, int] = (1000, 1500, 2500, 300)
     lr: float = 3e-3
 
 
@@ -191,12 +221,12 @@ GPU_S = Preset(
     **{"frame_size": 128, "tokenizer_dim": 256, "tokenizer_layers": 8, "tokenizer_heads": 8, "tokenizer_time_every": 4},
     **{"clip": 4, "pack": 2, "dim": 512, "layers": 12, "heads": 8, "kv_heads": 4, "registers": 8},
     **{"time_every": 4, "k_max": 64, "context": 192, "lengths": (64, 256)},
-    **{"batch_sizes": (64, 32, 32), "steps": (20_000, 40_000, 10_000), "lr": 3e-4},
+    **{"batch_sizes": (64, 32, 32, 256), "steps": (20_000, 40_000, 10_000, 3_000), "lr": 3e-4},
 )
 GPU_M = replace(
     GPU_S,
     **{"frame_size": 256, "patch": 16, "tokenizer_dim": 512, "n_latents": 256, "dim": 768, "layers": 18, "heads": 12},
-    **{"batch_sizes": (64, 16, 16), "steps": (100_000, 100_000, 20_000)},
+    **{"batch_sizes": (64, 16, 16, 128), "steps": (100_000, 100_000, 20_000, 5_000)},
 )
 PRESETS = {"cpu": Preset(), "gpu-s": GPU_S, "gpu-m": GPU_M}
 N_BINS = 255
@@ -243,6 +273,13 @@ class WindowSampler:
         self.state["batches"] += 1
         relevant = rng.choice(self.relevant, n - n_uniform) if n > n_uniform else np.zeros(0, np.int64)
         return np.r_[chosen, relevant], np.arange(n) < n_uniform
+
+
+def choose_contexts(rows: Rows, length: int) -> np.ndarray:
+    """(W, 2) of those windows the whole ones after whose `length` rows the game goes on: where a dream may begin."""
+    windows, _ = choose_windows(rows, length)
+    last = windows[:, 0] + length - 1
+    return windows[(last < windows[:, 1]) & (rows.cont.numpy()[np.minimum(last, windows[:, 1] - 1)] > 0)]
 
 
 def draw_clips(windows: np.ndarray, length: int, clip: int) -> np.ndarray:
@@ -503,7 +540,7 @@ class Heads(nn.Module):
         super().__init__()
         self.n_movement, self.n_keys = n_movement, n_keys
         self.reward, self.policy = Head(dim, ahead, N_BINS), Head(dim, ahead, n_movement + n_keys)
-        self.cont, self.value = Head(dim, 1, 1), Head(dim, 1, N_BINS)  # the value is learnt in imagination
+        self.cont, self.value = Head(dim, 1, 1), Head(dim, 1, N_BINS)  # the value learns in imagination
         self.register_buffer("reward_bins", symexp_bins(N_BINS, reward_limit).float(), persistent=False)
         self.register_buffer("value_bins", symexp_bins(N_BINS, value_limit).float(), persistent=False)
 
@@ -575,6 +612,16 @@ def mtp_pairs(predict: torch.Tensor, target: torch.Tensor, ahead: int, first: in
 def mtp_means(nll: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Of (B, T, L) the mean over the pairs that count, (L,) per distance, 0 without a pair; their sum is Eq. 9."""
     return torch.where(counts, nll, 0.0).sum((0, 1)) / counts.sum((0, 1)).clamp(min=1)
+
+
+def action_kl(logits: torch.Tensor, prior: torch.Tensor, n_movement: int) -> torch.Tensor:
+    """KL[p || prior] (...) in nats of two policies' logits (..., M + A): the sum over the movement and each key."""
+    log_p, log_q = logits[..., :n_movement].log_softmax(-1), prior[..., :n_movement].log_softmax(-1)
+    moving = (log_p.exp() * (log_p - log_q)).sum(-1)
+    on, off = logits[..., n_movement:], prior[..., n_movement:]
+    p = on.sigmoid()
+    pressing = p * (F.logsigmoid(on) - F.logsigmoid(off)) + (1 - p) * (F.logsigmoid(-on) - F.logsigmoid(-off))
+    return moving + pressing.sum(-1)
 
 
 def action_nll(logits: torch.Tensor, movement: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -738,10 +785,11 @@ def draw_noise(shape: tuple, generator, device) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(device)
 
 
-def look(dynamics: Dynamics, z: torch.Tensor, actions: dict, cache: dict, generator=None):
-    """Take real or finished frames z (B, T, N, Z) into the cache at the highest signal level that was trained, with the
-    noise that belongs to it. Returns what the agent reads (B, T, D) and the cache."""
-    level = torch.full(z.shape[:2], dynamics.k_max - 1, device=z.device)
+def look(dynamics: Dynamics, z: torch.Tensor, actions: dict, cache: dict, generator=None, noise: float = 0.0):
+    """Take real or finished frames z (B, T, N, Z) into the cache with a share of `noise`, 0 for the least that was
+    trained. Returns what the agent reads (B, T, D) and the cache."""
+    level = dynamics.k_max - max(1, round(noise * dynamics.k_max))
+    level = torch.full(z.shape[:2], level, device=z.device)
     z = noisy(z, draw_noise(z.shape, generator, z.device), level, dynamics.k_max)
     _, h, cache = dynamics(z, level, torch.zeros_like(level), actions, cache=cache)
     return h, cache
@@ -774,13 +822,76 @@ def open_loop(
     return torch.cat(frames, 1)
 
 
-class AgentPlayer:
-    """The agent at play, one frame at a time, in E games at once; the game of a seed does not depend on the others. An
-    action is movement * 2^A + the keys as bits."""
+def choose_actions(
+    logits: torch.Tensor, n_movement: int, chance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Movement (B,) and keys (B, A) of a policy's logits (B, M + A): drawn with `chance`, (B, M + A) uniform in 0..1,
+    the likeliest without."""
+    moving, pressing = logits[:, :n_movement], logits[:, n_movement:]
+    if chance is None:
+        return moving.argmax(-1), (pressing > 0).float()
+    moving = moving - (-chance[:, :n_movement].log()).log()  # the largest is a draw (Gumbel)
+    return moving.argmax(-1), (chance[:, n_movement:] < pressing.sigmoid()).float()
 
-    def __init__(self, networks: dict[str, nn.Module], task: int, sample: bool, device):
-        self.tokenizer, self.dynamics, self.heads = (networks[name].eval() for name in BUILD)
-        self.task, self.sample, self.device = task, sample, device
+
+@torch.no_grad()
+def dream(
+    dynamics: Dynamics,
+    heads: Heads,
+    policy: Head | None,
+    batch: dict,
+    n_context: int,
+    horizon: int,
+    args: Args,
+    generator=None,
+) -> dict:
+    """H = `horizon` frames after the first C = `n_context` of the batch's z (B, C or more, N, Z), by the actions that
+    `policy` draws, or without one by those of the batch. Returns h (B, 1 + H, D) of the states 0 .. H, and what came
+    with arriving at 1 .. H: z (B, H, N, Z), movement (B, H), keys (B, H, A), reward (B, H), cont (B, H), the chance
+    that the game goes on."""
+    B, shape = len(batch["z"]), (len(batch["z"]), 1, *batch["z"].shape[2:])
+    n_steps = args.sampling_steps or min(4, dynamics.k_max)
+    context = {name: batch[name][:, :n_context] for name in ACTION} | {"task": batch["task"]}
+    h, cache = look(dynamics, batch["z"][:, :n_context], context, {}, generator, args.context_noise)
+    made = {"h": [h[:, -1:]], "z": [], "movement": [], "keys": []}
+    for i in range(n_context, n_context + horizon):
+        if policy is None:
+            row = {name: batch[name][:, i : i + 1] for name in ACTION}
+        else:
+            logits = policy(made["h"][-1])[:, 0, 0]
+            chance = torch.rand(logits.shape, generator=generator).to(logits.device)
+            movement, keys = choose_actions(logits, heads.n_movement, chance)
+            known = torch.ones(B, 1, dtype=torch.bool, device=logits.device)
+            row = {"movement": movement[:, None], "keys": keys[:, None], "act_valid": known}
+        row["task"] = batch["task"]
+        z = predict_frame(dynamics, row, cache, n_steps, shape, generator)
+        h, cache = look(dynamics, z, row, cache, generator, args.context_noise)
+        for name, new in (("h", h), ("z", z), ("movement", row["movement"]), ("keys", row["keys"])):
+            made[name].append(new)
+    made = {name: torch.cat(parts, 1) for name, parts in made.items()}
+    made["reward"] = twohot_decode(heads.reward(made["h"][:, 1:])[:, :, 0], heads.reward_bins)
+    return made | {"cont": heads.cont(made["h"][:, 1:])[:, :, 0, 0].sigmoid()}
+
+
+def alive(cont: torch.Tensor) -> torch.Tensor:
+    """(B, H) chances that the game went on at each step -> the chance (B, H) that it is on before each."""
+    return torch.cat([torch.ones_like(cont[:, :1]), cont[:, :-1]], 1).cumprod(1)
+
+
+def dream_returns(made: dict, gamma: float) -> torch.Tensor:
+    """(B,) discounted sum of a dream's rewards, while the game is on."""
+    discount = gamma ** torch.arange(made["reward"].shape[1], device=made["reward"].device)
+    return (made["reward"] * alive(made["cont"]) * discount).sum(1)
+
+
+class AgentPlayer:
+    """The agent at play, one frame at a time, in E games at once, by the actions that `policy` draws (`sample`) or
+    holds for the likeliest; the game of a seed does not depend on the others. An action is movement * 2^A + the keys
+    as bits."""
+
+    def __init__(self, networks: dict[str, nn.Module], policy: Head, task: int, sample: bool, device):
+        self.tokenizer, self.dynamics, self.heads = (networks[name].eval() for name in list(BUILD)[:3])
+        self.policy, self.task, self.sample, self.device = policy, task, sample, device
         self.bits = torch.arange(self.heads.n_keys)
 
     def reset(self, seeds: list[int]):
@@ -796,15 +907,11 @@ class AgentPlayer:
         z, self.seen = self.tokenizer.encode(frames[:, None].float() / 255, cache=self.seen)
         z = z.half().float()  # as `encode_rows` keeps it
         h, self.known = look(self.dynamics, z, self.last, self.known, self.generators)
-        logits = self.heads.policy(h)[:, 0, 0].cpu()  # (E, M + A), of the next row
-        moving, pressing = logits.split([self.heads.n_movement, self.heads.n_keys], -1)
+        logits, chance = self.policy(h)[:, 0, 0].cpu(), None  # (E, M + A), of the next row
         if self.sample:
             chance = torch.stack([torch.rand(logits.shape[1], generator=one) for one in self.generators])
-            moving = moving - (-chance[:, : moving.shape[1]].log()).log()  # the largest is a draw (Gumbel)
-            keys = chance[:, moving.shape[1] :] < pressing.sigmoid()
-        else:
-            keys = pressing > 0
-        return ((moving.argmax(-1) << len(self.bits)) + (keys.long() << self.bits).sum(-1)).numpy()
+        movement, keys = choose_actions(logits, self.heads.n_movement, chance)
+        return ((movement << len(self.bits)) + (keys.long() << self.bits).sum(-1)).numpy()
 
     def took(self, actions: np.ndarray):
         """What was really done (E,) leads to the next frame."""
@@ -841,15 +948,13 @@ def evaluate_tokenizer(tokenizer: Tokenizer, held: Rows, device) -> dict[str, fl
     }
 
 
-def open_loop_windows(rows: Rows) -> np.ndarray:
-    """(W, 2) first row and end of the run, of every eighth window that an open-loop prediction can be scored on."""
-    length = START + max(HORIZONS)
+def spread_windows(rows: Rows, length: int, limit: int) -> np.ndarray:
+    """(W, 2) first row and end of the run, of up to `limit` windows of `length` rows, evenly from all, eight rows apart
+    from each other. Raises ValueError where there are not two."""
     windows = [(start, stop) for first, stop in rows.runs for start in range(first, stop - length + 1, 8)]
     if len(windows) < 2:
-        raise ValueError(
-            f"the held-out episodes have no two windows of {length} frames. Hold longer ones out: --heldout"
-        )
-    return np.array(windows)
+        raise ValueError(f"no two windows of {length} frames to evaluate on. Hold longer episodes out: --heldout")
+    return np.array(windows)[np.linspace(0, len(windows) - 1, min(limit, len(windows))).astype(int)]
 
 
 @torch.no_grad()
@@ -859,8 +964,8 @@ def evaluate_dynamics(
     """Open-loop predictions on windows of held-out runs, beside holding the last frame, and with the actions of another
     window. Returns metrics at 8 frames ahead, a table per horizon, and pictures of one window."""
     dynamics.eval()
-    length, windows = START + max(HORIZONS), open_loop_windows(held)
-    windows = windows[np.linspace(0, len(windows) - 1, min(limit, len(windows))).astype(int)]
+    length = START + max(HORIZONS)
+    windows = spread_windows(held, length, limit)
     batch = gather(held, windows, length, 0, device)
     z, half = batch["z"], len(windows) // 2  # the window half of all away is of another game, or long after
     other = {name: torch.cat([batch[name][:, :START], batch[name].roll(half, 0)[:, START:]], 1) for name in ACTION}
@@ -924,6 +1029,102 @@ def evaluate_agent(dynamics: Dynamics, heads: Heads, train: Rows, held: Rows, ke
     return metrics | found, table | more
 
 
+@torch.no_grad()
+def follow_recorded(
+    dynamics: Dynamics, heads: Heads, rows: Rows, n_context: int, args: Args, device
+) -> dict[str, float]:
+    """What dreams are worth, on windows of the rows. With the recorded actions: how well their rewards tell what came,
+    and how often they fire beside the real frames, at what fires as often as the events come there. With two actions
+    held, the two that part the most: how far dreams part, beside those of two noise seeds."""
+    dynamics.eval(), heads.eval()
+    batch = gather(rows, spread_windows(rows, n_context + args.horizon, 256), n_context + args.horizon, 0, device)
+    z, known = batch["z"], {name: batch[name] for name in ACTION} | {"task": batch["task"]}
+    made = dream(dynamics, heads, None, batch, n_context, args.horizon, args, torch.Generator().manual_seed(0))
+    h, _ = look(dynamics, z, known, {}, torch.Generator().manual_seed(0))
+    seen = twohot_decode(heads.reward(h[:, n_context:])[:, :, 0], heads.reward_bins)
+    valid, found = batch["rew_valid"][:, n_context:], {}
+    for kind, sign in (("gain", 1), ("loss", -1)):
+        event = (sign * batch["reward"][:, n_context:] > 0)[valid]
+        real, dreamed = (sign * seen)[valid], (sign * made["reward"])[valid]
+        found[f"events_{kind}"] = int(event.sum())
+        found[f"auc_{kind}"] = auc(event.cpu().numpy(), dreamed.cpu().numpy())
+        found[f"auc_{kind}_real_frames"] = auc(event.cpu().numpy(), real.cpu().numpy())
+        if found[f"events_{kind}"]:
+            fires = real.sort(descending=True).values[found[f"events_{kind}"] - 1]
+            found[f"rate_{kind}"] = float((dreamed >= fires).sum() / (real >= fires).sum())
+    some = {name: x[:: max(1, len(z) // 32)] for name, x in batch.items()}
+
+    def hold(movement: int, key: int, seed: int) -> torch.Tensor:
+        after = torch.arange(z.shape[1], device=device) >= n_context
+        keys = F.one_hot(torch.tensor(key), heads.n_keys + 1)[1:].to(device)  # key 0 is none
+        held = {
+            "movement": torch.where(after, movement, some["movement"]),
+            "keys": torch.where(after[:, None], keys, some["keys"]),
+            "act_valid": some["act_valid"] | after,
+        }
+        generator = torch.Generator().manual_seed(seed)
+        return dream(dynamics, heads, None, some | held, n_context, min(8, args.horizon), args, generator)["z"][:, -1]
+
+    actions = [(m, 0) for m in range(heads.n_movement)] + [(0, k + 1) for k in range(heads.n_keys)]
+    ends = torch.stack([hold(*action, seed=0) for action in actions])  # (actions, W, N, Z)
+    apart = (ends[:, None] - ends).square().mean((3, 4))  # (actions, actions, W)
+    half = apart.shape[2] // 2  # the pair is chosen on one half, measured on the other
+    first, second = divmod(int(apart[..., :half].mean(2).argmax()), len(actions))
+    noise = [(ends[i] - hold(*actions[i], seed=1)).square().mean((1, 2)) for i in (first, second)]
+    found |= {"actions_apart": float(apart[first, second, half:].mean()), "opposite": [actions[first], actions[second]]}
+    return found | {"seeds_apart": float(torch.stack(noise)[:, half:].mean())}
+
+
+def check_dreams(found: dict):
+    """Raise ValueError with the reason where `follow_recorded` found dreams that teach nothing."""
+    mend = "Train the dynamics for longer or on more frames, or --no-gates"
+    if not found["actions_apart"] > found["seeds_apart"]:
+        apart = f"{found['actions_apart']:.4f} apart, two noise seeds {found['seeds_apart']:.4f}"
+        raise ValueError(
+            f"dreams do not follow the actions: the two that part them the most bring them {apart}. {mend}"
+        )
+    for kind in ("gain", "loss"):
+        if found[f"events_{kind}"] >= 10 and not 0.5 <= found[f"rate_{kind}"] <= 2:
+            fires = f"a {kind} is seen {found[f'rate_{kind}']:.2f} times as often as in real frames, expected 0.5 to 2"
+            raise ValueError(f"dreams do not pay as the game does: {fires}. {mend}")
+
+
+@torch.no_grad()
+def evaluate_imagination(
+    dynamics: Dynamics, heads: Heads, prior: Head, tokenizer, held: Rows, n_context: int, task: int, args: Args, device
+) -> tuple[dict, dict, dict | None]:
+    """Dreams of the tuned policy and of the one before, from the same held-out contexts and noise: metrics, a table,
+    and films (4, T, 3, H, W) of some of them."""
+    batch = gather(held, spread_windows(held, n_context, 128), n_context, 0, device)
+    batch["task"] = torch.full_like(batch["task"], task)
+    made = {"agent": [], "prior": []}
+    for seed in range(4):
+        for name, policy in (("agent", heads.policy), ("prior", prior)):
+            generator = torch.Generator().manual_seed(seed)
+            made[name].append(dream(dynamics, heads, policy, batch, n_context, args.horizon, args, generator))
+    returns = {
+        name: torch.stack([dream_returns(one, args.gamma) for one in dreams]).mean(0).cpu().numpy()
+        for name, dreams in made.items()
+    }  # (W,) each
+    h = torch.cat([one["h"][:, :-1] for one in made["agent"]])
+    kl = action_kl(heads.policy(h)[:, :, 0], prior(h)[:, :, 0], heads.n_movement).mean()
+    table = {"contexts": len(batch["z"]), "return": {name: interval(one) for name, one in returns.items()}}
+    table |= {"gain": interval(returns["agent"] - returns["prior"]), "kl": float(kl)}
+    metrics = {
+        "eval/dream_return": table["return"]["agent"][0],
+        "eval/dream_return_prior": table["return"]["prior"][0],
+        "eval/dream_kl": float(kl),
+    }
+    if tokenizer is None:
+        return metrics, table, None
+    some = torch.linspace(0, len(batch["z"]) - 1, 4).long()
+    films = {
+        name: tokenizer.decode(torch.cat([batch["z"], dreams[0]["z"]], 1)[some])[0].clamp(0, 1)
+        for name, dreams in made.items()
+    }
+    return metrics, table, films
+
+
 # training ------------------------------------------------------------------------------------------------------------
 def tokenizer_terms(tokenizer: Tokenizer, rows: Rows, clips: np.ndarray, args: Args, device) -> dict:
     """Scalar `recon` on clips, rows (B, T), with patches hidden; each image draws how many."""
@@ -971,7 +1172,29 @@ def world_terms(
     return terms
 
 
-BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads}
+def imagine_terms(dynamics: Dynamics, heads: Heads, prior: Head, batch: dict, args: Args) -> dict:
+    """Scalars `actor` (Eq. 11: PMPO, and the KL to `prior`) and `value` of one dream from each context z (B, C, N, Z).
+    Only the policy and the value head learn. `kl` and `return` are to look at."""
+    made = dream(dynamics, heads, heads.policy, batch, batch["z"].shape[1], args.horizon, args)
+    h = made["h"][:, :-1]  # (B, H, D), the states in which an action was chosen
+    with torch.no_grad():
+        values = twohot_decode(heads.value(made["h"])[:, :, 0], heads.value_bins)  # (B, H + 1)
+        returns = lambda_returns(made["reward"], values, made["cont"], args.gamma, args.lam)[:, :-1]
+        prior_logits = prior(h)[:, :, 0]
+    logits = heads.policy(h)[:, :, 0]  # (B, H, M + A)
+    log_probs = -action_nll(logits, made["movement"], made["keys"])
+    kl = action_kl(logits, prior_logits, heads.n_movement).mean()
+    weight = alive(made["cont"])
+    value = twohot_nll(heads.value(h)[:, :, 0], returns, heads.value_bins)
+    return {
+        "actor": pmpo_loss(log_probs, returns - values[:, :-1], args.alpha) + args.beta * kl,
+        "value": (weight * value).sum() / weight.sum(),
+        "kl": kl.detach(),
+        "return": dream_returns(made, args.gamma).mean(),
+    }
+
+
+BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads, "prior": Head}
 TERMS = {  # what each phase minimises: TensorBoard's name of the loss, and of the RMS that it is divided by
     "tokenizer": {"recon": ("train/recon_loss", "train/recon_rms")},
     "dynamics": {"dynamics": ("train/dynamics_loss", "train/dynamics_rms")},
@@ -981,6 +1204,7 @@ TERMS = {  # what each phase minimises: TensorBoard's name of the loss, and of t
         "reward": ("train/reward_loss", "train/reward_rms"),
         "cont": ("train/cont_loss", "train/cont_rms"),
     },
+    "imagine": {"actor": ("train/actor_loss", "train/actor_rms"), "value": ("train/value_loss", "train/value_rms")},
 }
 PARTS = {  # of those, to look at
     "flow": "train/flow_loss",
@@ -988,6 +1212,8 @@ PARTS = {  # of those, to look at
     "policy_next": "train/policy_next_loss",
     "reward_now": "train/reward_now_loss",
     "policy_pairs": "train/policy_pairs",
+    "kl": "train/kl",
+    "return": "train/dream_return",
 }
 
 
@@ -1010,8 +1236,12 @@ def network_sizes(phase: str, args: Args, meta: dict, rows: Rows, networks: dict
         sizes |= {"layers": p.layers, "heads": p.heads, "kv_heads": p.kv_heads, "registers": p.registers}
         sizes |= actions | {"n_tasks": n_tasks}
         return "dynamics", sizes | {"time_every": p.time_every, "k_max": p.k_max, "context": p.context}
+    dim = networks["dynamics"].sizes["dim"]
+    if phase == "imagine":
+        heads = networks["heads"]
+        return "prior", {"dim": dim, "ahead": heads.sizes["ahead"], "n_out": heads.n_movement + heads.n_keys}
     reward = max(args.reward_range, float(symlog(rows.reward.abs().max())))  # as wide as the data need
-    sizes = {"dim": networks["dynamics"].sizes["dim"], "ahead": args.mtp, "reward_limit": reward}
+    sizes = {"dim": dim, "ahead": args.mtp, "reward_limit": reward}
     return "heads", sizes | actions | {"value_limit": max(args.value_range, reward)}
 
 
@@ -1084,12 +1314,14 @@ def load_phase(phase: str, path: Path, args: Args, meta: dict) -> dict:
         raise ValueError(f"{path} is of another script, or of an older version of it. Train it again")
     if "step" in state and state["phase"] == phase:
         raise ValueError(f"{path} stopped at update {state['step']}. Finish it: --resume {state['run_dir']}")
+    if state["phase"] == "imagine" and phase == "agent":
+        raise ValueError(f"{path} has dreamed already. Evaluate it with --phase eval --imagine-checkpoint {path}")
     missing = [name for name in list(BUILD)[: PHASES.index(phase) + 1] if name not in state["models"]]
     if missing and not (missing == ["tokenizer"] and "z_shape" in meta):
         raise ValueError(f"{path} holds no {missing[0]}. Name the {phase}.pt of a run of {Path(__file__).name}")
     if state["args"]["preset"] != args.preset:
         raise ValueError(f"{path} is of the preset {state['args']['preset']}. Add --preset {state['args']['preset']}")
-    spec = {"actions": action_spec(meta)} | ({"rewards": meta.get("reward")} if phase == "agent" else {})
+    spec = {"actions": action_spec(meta)} | ({"rewards": meta.get("reward")} if phase in ("agent", "imagine") else {})
     was = {"actions": state["action_spec"], "rewards": state["reward"]}
     for what, here in spec.items() if phase != "tokenizer" else ():
         if was[what] != here:
@@ -1098,16 +1330,18 @@ def load_phase(phase: str, path: Path, args: Args, meta: dict) -> dict:
     return state
 
 
-def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str], list[str] | None]:
-    """The networks that the checkpoint flags name, the phases that are done by it, and the tasks that the agent knows,
-    None without a dynamics. Raises ValueError for checkpoints that do not belong together, or not to the data."""
+def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], list[str], list[str] | None, str | None]:
+    """The networks that the checkpoint flags name, the phases that are done by it, the tasks that the agent knows, None
+    without a dynamics, and as which of them it has dreamed, None where it has not. Raises ValueError for checkpoints
+    that do not belong together, or not to the data."""
     given = {
         "tokenizer": args.tokenizer_checkpoint,
         "dynamics": args.dynamics_checkpoint,
         "agent": args.agent_checkpoint,
+        "imagine": args.imagine_checkpoint,
     }
     states = {phase: (path, load_phase(phase, Path(path), args, meta)) for phase, path in given.items() if path}
-    networks, done, tasks = {}, [], None
+    networks, done, tasks, play_task = {}, [], None, None
     for phase, (path, state) in states.items():
         first_path, first = next(iter(states.values()))
         if state["tokenizer_id"] != first["tokenizer_id"]:
@@ -1115,6 +1349,7 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
         done = list(PHASES[: PHASES.index(phase) + 1])
         names = [name for name in list(BUILD)[: len(done)] if name != "tokenizer" or "frame_shape" in meta]
         networks, tasks = load_networks(path, state, names, device), state["tasks"] if phase != "tokenizer" else None
+        play_task = state["play_task"] if phase == "imagine" else None
     z_shape = networks["dynamics"].sizes["z_shape"] if "dynamics" in networks else meta.get("z_shape")
     if z_shape != meta.get("z_shape", z_shape):
         found = f"latents of {z_shape}, {args.data_dir} has {meta['z_shape']}"
@@ -1125,18 +1360,19 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
             f"{args.data_dir} has frames of {meta['frame_shape']}, the tokenizer of --preset {args.preset}, or the one "
             f"given, takes {size} x {size}. Pack them with pack_episodes.py --frame-size {size}"
         )
-    return networks, done, tasks
+    return networks, done, tasks, play_task
 
 
 def check_args(args: Args, meta: dict):
     """Raise ValueError for values that cannot be meant."""
     shares = ("mask_ratio", "bootstrap_ratio", "bootstrap_from", "independent_frame_ratio", "agent_signal")
+    shares += ("gamma", "lam", "alpha", "context_noise")
     wrong = [name for name in shares if not 0 <= getattr(args, name) <= 1]
     if wrong:
         raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: expected 0 to 1")
-    least = dict.fromkeys(("mtp", "play_episodes", "num_envs", "max_steps", "log_every", "save_every"), 1)
-    least |= dict.fromkeys(("batch_size", "tokenizer_steps", "dynamics_steps", "agent_steps"), 0)
-    least |= dict.fromkeys(("warmup_steps", "long_every", "play_seed"), 0)
+    least = dict.fromkeys(("mtp", "play_episodes", "num_envs", "max_steps", "log_every", "save_every", "horizon"), 1)
+    least |= dict.fromkeys(("batch_size", "tokenizer_steps", "dynamics_steps", "agent_steps", "imagine_steps"), 0)
+    least |= dict.fromkeys(("warmup_steps", "long_every", "play_seed", "beta"), 0)
     least |= dict.fromkeys(("lr", "weight_decay", "max_grad_norm", "foreground_weight"), 0)
     for name, low in least.items():
         if not getattr(args, name) >= low:
@@ -1152,10 +1388,12 @@ def check_args(args: Args, meta: dict):
     if args.trunk_lr_scale <= 0 or args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
         found = f"--trunk-lr-scale {args.trunk_lr_scale:g} --sampling-steps {args.sampling_steps}"
         raise ValueError(f"{found}: expected above 0, and 0 or a power of two")
-    if args.phase == "eval" and not args.agent_checkpoint:
+    if args.phase == "eval" and not (args.agent_checkpoint or args.imagine_checkpoint):
         raise ValueError("--phase eval trains nothing. Name the agent: --agent-checkpoint runs/<run>/agent.pt")
-    if args.agent_checkpoint and args.phase != "eval":
-        raise ValueError(f"--agent-checkpoint {args.agent_checkpoint} is for --phase eval, not {args.phase}")
+    if args.imagine_checkpoint and args.phase != "eval":
+        raise ValueError(f"--imagine-checkpoint {args.imagine_checkpoint} is for --phase eval, not {args.phase}")
+    if args.agent_checkpoint and args.phase not in ("imagine", "eval", "all"):
+        raise ValueError(f"--agent-checkpoint {args.agent_checkpoint} is for --phase imagine, not {args.phase}")
     if args.env_id and args.phase in ("tokenizer", "dynamics"):
         raise ValueError(f"--env-id {args.env_id}: nobody plays after --phase {args.phase}. Leave it out")
     if "z_shape" in meta and (args.phase == "tokenizer" or args.tokenizer_checkpoint or args.env_id):
@@ -1178,12 +1416,14 @@ def split_episodes(args: Args, meta: dict) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in held], held
 
 
-def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, before, device) -> bool:
-    """A phase of `n_steps` updates on its networks, from the checkpoint `resumed` on if that is not None. `save(name,
-    **training)` writes a checkpoint; TensorBoard counts on from `before`. Returns whether a signal stopped it."""
+def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, writer, before, device) -> bool:
+    """A phase of `n_steps` updates on its networks, from the checkpoint `resumed` on if that is not None; dreams are of
+    `task`. `save(name, **training)` writes a checkpoint; TensorBoard counts on from `before`. Returns whether a signal
+    stopped it."""
     preset = PRESETS[args.preset]
-    tokenizer, dynamics, heads = (networks.get(name) for name in BUILD)
-    modules = {"tokenizer": [tokenizer], "dynamics": [dynamics], "agent": [dynamics, heads]}[phase]
+    tokenizer, dynamics, heads, prior = (networks.get(name) for name in BUILD)
+    modules = {"tokenizer": [tokenizer], "dynamics": [dynamics], "agent": [dynamics, heads]}.get(phase)
+    modules = [heads.policy, heads.value] if phase == "imagine" else modules
     new = parameters = [p for module in modules for p in module.train().requires_grad_(True).parameters()]
     if phase == "agent":
         dynamics.requires_grad_(args.trunk == "finetune")
@@ -1192,6 +1432,8 @@ def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, bef
         new += heads.cont.parameters()
         for p in new:
             p.requires_grad_(True)
+    if phase == "imagine":
+        new = list(heads.value.parameters())
     for trunk in (part for module in modules for part in module.modules() if isinstance(part, Trunk)):
         trunk.recompute = args.activation_checkpointing
         for block in trunk.blocks if args.compile_model else ():
@@ -1203,6 +1445,8 @@ def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, bef
     rms = nn.ModuleDict({name: RunningRMS() for name in TERMS[phase]}).to(device)
     T, T_long = preset.lengths
     windows, relevant = choose_windows(rows, T)
+    if phase == "imagine":
+        windows, relevant = choose_contexts(rows, T), np.zeros(0, bool)
     mixture = np.flatnonzero(relevant) if phase == "agent" and args.reward_mixture else np.zeros(0, np.int64)
     sampler = WindowSampler(len(windows), mixture, args.seed + PHASES.index(phase))
     step, frames_seen, skipped = 0, 0, 0
@@ -1227,15 +1471,20 @@ def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, bef
             save_last()
         while step < n_steps and not stop_signal:
             # fetch
-            length = T_long if args.long_every and phase != "tokenizer" and (step + 1) % args.long_every == 0 else T
+            long = phase in ("dynamics", "agent") and args.long_every and (step + 1) % args.long_every == 0
+            length = T_long if long else T
             chosen, uniform = sampler.draw(max(2, B * T // length))
             clips = draw_clips(windows[chosen], T, preset.clip) if phase == "tokenizer" else None
-            frames_seen += len(chosen) * (preset.clip if phase == "tokenizer" else length)
+            frames_seen += len(chosen) * {"tokenizer": preset.clip, "imagine": args.horizon}.get(phase, length)
 
             # forward and loss
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 if phase == "tokenizer":
                     terms = tokenizer_terms(tokenizer, rows, clips, args, device)
+                elif phase == "imagine":
+                    batch = gather(rows, windows[chosen], length, 0, device)
+                    batch["task"] = torch.full_like(batch["task"], task)
+                    terms = imagine_terms(dynamics, heads, prior, batch, args)
                 else:
                     batch = gather(rows, lengthen(windows[chosen], T, length), length, args.mtp, device)
                     bootstrap = phase == "agent" or step >= args.bootstrap_from * n_steps
@@ -1267,7 +1516,7 @@ def train(phase, args, rows: Rows, networks, n_steps, resumed, save, writer, bef
                 scalars |= {
                     "train/loss": loss.item(),
                     "train/grad_norm": norm.item(),
-                    "train/reward_windows": float(relevant[chosen].mean()),
+                    "train/reward_windows": float(relevant[chosen].mean()) if len(relevant) else 0.0,
                     "charts/learning_rate": optimizer.param_groups[-1]["lr"],
                     "charts/SPS": (frames_seen - first_frames) / elapsed,
                     "charts/frames_seen": frames_seen,
@@ -1298,7 +1547,7 @@ def main(args: Args) -> dict:
     checkpoint = None
     try:
         if args.resume:
-            args = runs.resume_args(args, may_change=("device", "env_id", "play_episodes", "num_envs", "play_task"))
+            args = runs.resume_args(args, may_change=("device", "env_id", "play_episodes", "num_envs"))
             checkpoint = runs.load_checkpoint(Path(args.resume) / "last.pt")
             torch.set_num_threads(checkpoint["threads"])  # another number sums in another order
         device = runs.pick_device(args.device)
@@ -1310,21 +1559,28 @@ def main(args: Args) -> dict:
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
             networks = load_networks(Path(args.resume) / "last.pt", checkpoint, list(checkpoint["models"]), device)
-            done, known = checkpoint["done"], checkpoint["tasks"]
+            done, known, play_task = checkpoint["done"], checkpoint["tasks"], checkpoint["play_task"]
         else:
-            networks, done, known = load_given(args, meta, device)
+            networks, done, known, play_task = load_given(args, meta, device)
         tasks, task_of = name_tasks(args, meta, known)
         rows, held = (load_rows(data_dir, names, meta, task_of) for names in (train_names, held_names))
+        play_task = args.play_task or play_task
+        task = best_task(rows) if play_task is None else tasks.index(play_task)
         if args.phase != "tokenizer":
-            open_loop_windows(held)  # fail now, not after the training
+            spread_windows(held, START + max(HORIZONS), 1)  # fail now, not after the training
         if args.env_id:
             check_game(args.env_id, meta)
-        windows, relevant = choose_windows(rows, PRESETS[args.preset].lengths[0])
+        n_context = PRESETS[args.preset].lengths[0]
+        windows, relevant = choose_windows(rows, n_context)
         if not len(windows):
             raise ValueError(f"{data_dir}: no run of two frames to train on. Pack longer ones with pack_episodes.py")
+        if args.phase in ("imagine", "all"):
+            spread_windows(held, n_context + args.horizon, 1)
+            if not len(choose_contexts(rows, n_context)):
+                raise ValueError(f"{data_dir}: no run of more than {n_context} frames to dream from. Pack longer ones")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
-    n_phases = {"tokenizer": 1, "dynamics": 2, "agent": 3, "all": 3, "eval": 0}[args.phase]
+    n_phases = {"tokenizer": 1, "dynamics": 2, "agent": 3, "imagine": 4, "all": 4, "eval": 0}[args.phase]
     phases = [p for p in PHASES[:n_phases] if p not in done and (p != "tokenizer" or "frame_shape" in meta)]
 
     # run folder
@@ -1339,7 +1595,7 @@ def main(args: Args) -> dict:
         import wandb
 
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, sync_tensorboard=True)
-    steps = (args.tokenizer_steps, args.dynamics_steps, args.agent_steps)
+    steps = (args.tokenizer_steps, args.dynamics_steps, args.agent_steps, args.imagine_steps)
     updates = {p: n or preset for p, n, preset in zip(PHASES, steps, PRESETS[args.preset].steps, strict=True)}
     before = {p: sum(updates[q] for q in phases[:i]) for i, p in enumerate(phases)}  # TensorBoard goes on counting
     start = before[checkpoint["phase"]] + checkpoint["step"] if checkpoint else 0
@@ -1374,6 +1630,17 @@ def main(args: Args) -> dict:
             networks[name].mean_frame.copy_(as_pictures(rows.frames.mean(0, dtype=np.float32), device))
         if phase == "agent":
             print_bins(rows.reward, networks[name].reward_bins.cpu())
+        if phase == "imagine" and not resumed:
+            networks["prior"].load_state_dict(networks["heads"].policy.state_dict())
+            try:
+                if args.gates:
+                    check_dreams(
+                        follow_recorded(networks["dynamics"], networks["heads"], rows, n_context, args, device)
+                    )
+            except ValueError as error:
+                writer.close()
+                agent = args.agent_checkpoint or run_dir / "agent.pt"
+                raise SystemExit(f"{error}. The agent is in {agent}, --phase eval plays it") from None
 
         def save(name: str, phase=phase, **training):
             state = {"sizes": {name: network.sizes for name, network in networks.items()}, "done": done, "phase": phase}
@@ -1385,12 +1652,19 @@ def main(args: Args) -> dict:
                 "reward": meta.get("reward"),
                 "source": meta.get("source"),
             }
-            state |= {"args": dict(vars(args)), "script": Path(__file__).name, "run_dir": str(run_dir.resolve())}
+            state |= {
+                "play_task": tasks[task],
+                "args": dict(vars(args)),
+                "script": Path(__file__).name,
+                "run_dir": str(run_dir.resolve()),
+            }
             state |= {"commit": provenance["commit"], "dataset_fingerprint": provenance["dataset_fingerprint"]}
             runs.save_checkpoint(run_dir / name, state | training)
 
         try:
-            stopped = train(phase, args, rows, networks, updates[phase], resumed, save, writer, before[phase], device)
+            stopped = train(
+                phase, args, rows, networks, updates[phase], task, resumed, save, writer, before[phase], device
+            )
         except FloatingPointError as error:
             writer.close()
             raise SystemExit(f"{error}, or go on from the last save: --resume {run_dir}") from None
@@ -1400,8 +1674,8 @@ def main(args: Args) -> dict:
             raise SystemExit(130)
 
     # evaluation on whole held-out episodes, and in the game
-    tokenizer, dynamics, heads = (networks.get(name) for name in BUILD)
-    metrics, tables = {}, {"heldout": held_names}
+    tokenizer, dynamics, heads, prior = (networks.get(name) for name in BUILD)
+    metrics, tables, last = {}, {"heldout": held_names}, sum(updates[p] for p in phases)
     if tokenizer is not None:
         metrics |= evaluate_tokenizer(tokenizer, held, device)
         held.z = encode_rows(tokenizer, held, device)
@@ -1417,30 +1691,42 @@ def main(args: Args) -> dict:
         save_file(weights, run_dir / "model.safetensors")
         config = {"sizes": {name: network.sizes for name, network in networks.items()}, "tasks": tasks}
         runs.write_json(run_dir / "config.json", config | {"action_spec": action_spec(meta)})
+    if prior is not None:
+        tables["follow_recorded"] = follow_recorded(dynamics, heads, held, n_context, args, device)
+        metrics["eval/dream_reward_auc"] = tables["follow_recorded"]["auc_gain"]
+        imagined = evaluate_imagination(dynamics, heads, prior, tokenizer, held, n_context, task, args, device)
+        metrics, tables["dreams"] = metrics | imagined[0], imagined[1]
+        if imagined[2] is not None:
+            draw_dreams(run_dir, writer, imagined[2], n_context, meta["fps"])
     for name, metric in metrics.items():
-        writer.add_scalar(name, metric, sum(updates[p] for p in phases))
+        writer.add_scalar(name, metric, last)
     report(metrics, tables)
     runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     if heads is not None and args.env_id:
-        task = best_task(rows) if args.play_task is None else tasks.index(args.play_task)
-        agents = {way: AgentPlayer(networks, task, way == "sampled", device) for way in ("greedy", "sampled")}
+        policies = {"": heads.policy} if prior is None else {"": heads.policy, "bc_": prior}
+        agents = {
+            f"{name}{way}": AgentPlayer(networks, policy, task, way == "sampled", device)
+            for name, policy in policies.items()
+            for way in ("greedy", "sampled")
+        }
         seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
         try:
-            tables["play"] = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps)
+            play = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps, run_dir)
         except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
             writer.close()
-            raise SystemExit(f"{error}. The agent is in {run_dir}/agent.pt, --phase eval plays it") from None
-        tables["play"]["task"] = tasks[task]
+            raise SystemExit(f"{error}. The agent is in {run_dir}/{phases[-1]}.pt, --phase eval plays it") from None
+        tables["play"] = play | {"task": tasks[task]}
         print(f"the agent plays as {tasks[task]}")
-        for name, (mean, low, high) in tables["play"]["score"].items():
-            print(f"score {name:<10}{mean:>8.1f} ({low:.1f} to {high:.1f})")
+        for name, (mean, low, high) in play["score"].items():
+            speed = f", {play['decisions_per_second'][name]:.0f} frames a second" if name in agents else ""
+            print(f"score {name:<12}{mean:>8.1f} ({low:.1f} to {high:.1f}){speed}")
         metrics |= {
-            "eval/score": tables["play"]["score"]["sampled"][0],
-            "eval/score_greedy": tables["play"]["score"]["greedy"][0],
-            "eval/score_random": tables["play"]["score"]["random"][0],
+            "eval/score": play["score"]["sampled"][0],
+            "eval/score_greedy": play["score"]["greedy"][0],
+            "eval/score_random": play["score"]["random"][0],
         }
         for name in ("eval/score", "eval/score_greedy", "eval/score_random"):
-            writer.add_scalar(name, metrics[name], sum(updates[p] for p in phases))
+            writer.add_scalar(name, metrics[name], last)
         runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     writer.close()
     print(f"\nfiles  {run_dir}")

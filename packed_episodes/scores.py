@@ -84,6 +84,24 @@ def draw_open_loop(run_dir: Path, writer: SummaryWriter, table: dict, pictures: 
     )
 
 
+def draw_dreams(run_dir: Path, writer: SummaryWriter, films: dict, n_context: int, fps: float):
+    """dreams.mp4, in TensorBoard, too: a row of films (n, T, 3, H, W) in 0..1 per policy, by name. The first
+    `n_context` frames are real and have a grey frame."""
+    rows = []
+    for parts in films.values():
+        scale = max(1, 192 // parts.shape[-1])
+        large = (parts.movedim(2, -1) * 255).byte().cpu().numpy().repeat(scale, 2).repeat(scale, 3)  # (n, T, H, W, 3)
+        large = np.pad(large, ((0, 0), (0, 0), (2, 2), (2, 2), (0, 0)))
+        large[:, :n_context, [0, 1, -2, -1]] = large[:, :n_context, :, [0, 1, -2, -1]] = 128
+        rows.append(np.concatenate(list(large), 2))
+    film = np.concatenate(rows, 1)  # (T, H, W, 3)
+    video = VideoWriter(run_dir / "dreams.mp4", fps / 2, film.shape[2], film.shape[1], crf=20)
+    for picture in film:
+        video.add(picture)
+    video.close()
+    add_film(writer, "dreams/film", film[:, ::2, ::2], fps / 2)
+
+
 def add_film(writer: SummaryWriter, tag: str, film: np.ndarray, fps: float):
     """A film (T, H, W, 3) uint8 as an animated picture, which is what TensorBoard shows."""
     first, *others = (Image.fromarray(picture) for picture in film)

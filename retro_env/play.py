@@ -1,16 +1,20 @@
 """Games side by side: players that see one screen each, their scores over the same seeds, with intervals."""
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gymnasium as gym
 import numpy as np
 from scipy.stats import bootstrap
 from tqdm import tqdm
 
+from common.video import VideoWriter
 from retro_env.airstriker import make_player, spread
 from retro_env.game import make_game
 
@@ -54,9 +58,12 @@ def check_game(env_id: str, meta: dict):
             )
 
 
-def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str) -> tuple[list[dict], float]:
+def play_games(
+    envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str, film_dir: Path | None = None
+) -> tuple[list[dict], float]:
     """One game per seed, side by side. `player`: `reset(seeds)`, `act(screens)` and `took(actions)` as of Crowd.
-    Returns `seed`, `score` and `steps` of each game, and on how many screens the player decided per second."""
+    Returns `seed`, `score` and `steps` of each game, and on how many screens the player decided per second. With
+    `film_dir` it writes <seed>.mp4 of each there."""
     results, spent, decided, E = [], 0.0, 0, envs.num_envs
     progress = tqdm(total=len(seeds), desc=desc, unit="game", leave=False)
     for first in range(0, len(seeds), E):
@@ -65,7 +72,13 @@ def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str) 
         screens, _ = envs.reset(seed=padded)
         player.reset(padded)
         score, steps, over = np.zeros(E), np.zeros(E, int), np.zeros(E, bool)
+        size = screens.shape[2], screens.shape[1], 23, "ultrafast"
+        paths = [film_dir / f"{seed}.mp4" for seed in mine] if film_dir else []
+        films = [VideoWriter(path, envs.metadata["render_fps"], *size) for path in paths]
         while not over[: len(mine)].all():
+            for e, film in enumerate(films):
+                if not over[e]:
+                    film.add(screens[e])
             began = time.perf_counter()
             actions = player.act(screens)
             spent, decided = spent + time.perf_counter() - began, decided + E
@@ -73,6 +86,8 @@ def play_games(envs: gym.vector.VectorEnv, player, seeds: list[int], desc: str) 
             player.took(info["action"])
             score, steps = score + reward * ~over, steps + ~over
             over |= terminated | truncated
+        for film in films:
+            film.close()
         results += [{"seed": s, "score": float(score[e]), "steps": int(steps[e])} for e, s in enumerate(mine)]
         progress.update(len(mine))
     progress.close()
@@ -87,9 +102,12 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(values.mean()), float(low), float(high)]
 
 
-def compare_players(env_id: str, meta: dict, agents: dict, seeds: list[int], num_envs: int, max_steps: int) -> dict:
+def compare_players(
+    env_id: str, meta: dict, agents: dict, seeds: list[int], num_envs: int, max_steps: int, run_dir: Path
+) -> dict:
     """Scores of the agents, of random play and of the recorded mix (meta.json's players), each on all `seeds`, with
-    95 % intervals, also of the differences to random play. The game is one that `check_game` lets pass."""
+    95 % intervals, also of the differences to random play and, of an agent <way>, to an agent bc_<way>. The game is one
+    that `check_game` lets pass. Writes films of the first agent's best and median game: best.mp4 and median.mp4."""
     source = meta.get("source") or {}
     envs = make_envs(env_id, min(num_envs, len(seeds)), max_steps, source.get("sticky", 0.05))
     try:
@@ -97,13 +115,19 @@ def compare_players(env_id: str, meta: dict, agents: dict, seeds: list[int], num
         if source.get("players"):
             names["mix"] = list(islice(spread(source["players"]), len(seeds)))
         players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
-        played = {name: play_games(envs, player, seeds, name) for name, player in players.items()}
+        with TemporaryDirectory() as films:
+            film_dir = {next(iter(agents)): Path(films)}
+            played = {name: play_games(envs, p, seeds, name, film_dir.get(name)) for name, p in players.items()}
+            order = sorted(played[next(iter(agents))][0], key=lambda game: game["score"])
+            for name, game in (("best", order[-1]), ("median", order[len(order) // 2])):
+                shutil.copy(Path(films) / f"{game['seed']}.mp4", run_dir / f"{name}.mp4")
     finally:
         envs.close()
     scores = {name: np.array([game["score"] for game in games]) for name, (games, _) in played.items()}
     return {
         "env_id": env_id,
         "score": {name: interval(score) for name, score in scores.items()},
+        "minus_bc": {name: interval(scores[name] - scores[f"bc_{name}"]) for name in agents if f"bc_{name}" in agents},
         "minus_random": {name: interval(score - scores["random"]) for name, score in scores.items() if name in agents},
         "decisions_per_second": {name: played[name][1] for name in agents},
         "games": {name: games for name, (games, _) in played.items()},

@@ -1,14 +1,14 @@
-"""`agent_finetune.py`: an update of its agent phase, and one frame of the agent at play.
+"""`agent_finetune.py`: an update of its agent phase, one frame of the agent at play, and dreams.
 
     python -m benchmarks.speed.agent
     python -m benchmarks.speed.agent --preset gpu-s --device cuda
 
 Training: the rival is the same update with attention written out (scores, softmax, values) and an optimiser that goes
 from tensor to tensor. Play: the rival gives the same numbers without a cache, from all frames that the network sees,
-the context once for each of its layers over time. The share of the peak is the update's floating-point operations by
-its time, against a large matrix product's in the same run. Latents and actions are noise. On a GPU the clock is the
-wall's, with one synchronisation a round. Writes results/agent_training.json and agent_play.json, with the preset's name
-where it is not cpu.
+the context once for each of its layers over time. Dreams: the rival makes each frame from all before it. The share of
+the peak is the update's floating-point operations by its time, against a large matrix product's in the same run.
+Latents and actions are noise. On a GPU the clock is the wall's, with one synchronisation a round. Writes
+results/agent_training.json, agent_play.json and agent_dreams.json, with the preset's name where it is not cpu.
 """
 
 import time
@@ -146,6 +146,69 @@ def compare_play(args: Args, preset: a.Preset, device, clock, name: str):
     paired.report(f"agent_play{name}", seconds, args.frames, "frames", [target], more)
 
 
+@torch.no_grad()
+def dream_without_cache(dynamics, heads, policy, batch, n_context: int, horizon: int, n_steps: int, generator) -> dict:
+    """`agent_finetune.dream`, each frame from all frames before it: h, z, movement, keys."""
+    B, k_max = len(batch["z"]), dynamics.k_max
+    one = (B, 1, *batch["z"].shape[2:])
+
+    def with_noise(z: torch.Tensor) -> torch.Tensor:
+        level = torch.full(z.shape[:2], k_max - 1, device=z.device)
+        return a.noisy(z, a.draw_noise(z.shape, generator, z.device), level, k_max)
+
+    def run(z: torch.Tensor, level: int = k_max - 1, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean z and h of the last frame, which has `level` and `step`."""
+        levels = torch.full(z.shape[:2], k_max - 1, device=z.device)
+        steps = torch.zeros_like(levels)
+        levels[:, -1], steps[:, -1] = level, step
+        clean, h, _ = dynamics(z, levels, steps, actions)
+        return clean[:, -1:], h[:, -1:]
+
+    actions = {name: batch[name][:, :n_context] for name in a.ACTION} | {"task": batch["task"]}
+    seen = with_noise(batch["z"][:, :n_context])
+    made = {"h": [run(seen)[1]], "z": [], "movement": [], "keys": []}
+    for i in range(n_context, n_context + horizon):
+        row = {name: batch[name][:, i : i + 1] for name in a.ACTION}
+        if policy is not None:
+            logits = policy(made["h"][-1])[:, 0, 0]
+            chance = torch.rand(logits.shape, generator=generator).to(logits.device)
+            movement, keys = a.choose_actions(logits, heads.n_movement, chance)
+            row = {"movement": movement[:, None], "keys": keys[:, None], "act_valid": torch.ones_like(movement) > 0}
+            row["act_valid"] = row["act_valid"][:, None]
+        actions = {name: torch.cat([actions[name], row[name]], 1) for name in a.ACTION} | {"task": batch["task"]}
+        z = a.draw_noise(one, generator, seen.device)
+        for k in range(n_steps):
+            size = (k_max // n_steps).bit_length() - 1
+            clean, _ = run(torch.cat([seen, z], 1), k * k_max // n_steps, size)
+            z = z + (clean - z) / (n_steps - k)
+        z = z.clamp(-1, 1) if dynamics.bounded else z
+        seen = torch.cat([seen, with_noise(z)], 1)
+        for name, new in (("h", run(seen)[1]), ("z", z), ("movement", row["movement"]), ("keys", row["keys"])):
+            made[name].append(new)
+    return {name: torch.cat(parts, 1) for name, parts in made.items()}
+
+
+def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
+    torch.manual_seed(1)
+    dynamics, heads = make_networks(preset, device)
+    n_context, settings = preset.lengths[0], a.Args()
+    batch = make_batch(preset, preset.batch_sizes[3], n_context, device)
+    n_steps = min(4, preset.k_max)
+
+    def cached(_):
+        a.dream(dynamics, heads, heads.policy, batch, n_context, settings.horizon, settings)
+
+    def whole(_):
+        dream_without_cache(dynamics, heads, heads.policy, batch, n_context, settings.horizon, n_steps, None)
+
+    seconds = paired.run_in_turn({"without a cache": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
+    more = {"preset": args.preset, "device": name_of(device), "context": n_context, "horizon": settings.horizon}
+    frames = preset.batch_sizes[3] * settings.horizon
+    paired.report(
+        f"agent_dreams{name}", seconds, frames, "frames", [("agent_finetune.py", "without a cache", 8.0)], more
+    )
+
+
 def name_of(device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
@@ -162,6 +225,7 @@ def main(args: Args):
     clock = wall if device.type == "cuda" else paired.cpu_seconds
     compare_training(args, preset, device, clock, name)
     compare_play(args, preset, device, clock, name)
+    compare_dreams(args, preset, device, clock, name)
 
 
 if __name__ == "__main__":

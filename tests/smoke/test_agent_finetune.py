@@ -26,11 +26,11 @@ TINY = a.Preset(
         "k_max": 4,
         "context": 6,
         "lengths": (4, 10),
-        "batch_sizes": (4, 4, 4),
+        "batch_sizes": (4, 4, 4, 8),
     },
-    steps=(30, 30, 30),
+    steps=(30, 30, 30, 20),
 )
-QUICK = {"warmup_steps": 3, "log_every": 1, "save_every": 7, "device": "cpu"}
+QUICK = {"warmup_steps": 3, "log_every": 1, "save_every": 7, "device": "cpu", "horizon": 4, "gates": False}
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +55,21 @@ def curve(run_dir: str | Path, name: str) -> list[float]:
     return [event.value for event in sorted(events.Scalars(name), key=lambda event: event.step)]
 
 
-def test_three_phases_leave_an_agent(run, packed):
+def test_four_phases_leave_an_agent(run, packed):
     run_dir = Path(run["run_dir"])
     for name in ("recon", "flow", "policy", "reward"):
         losses = curve(run_dir, f"train/{name}_loss")
         assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5]), name
     evaluation = json.loads((run_dir / "eval.json").read_text())
     assert evaluation["heldout"] == ["heldout_0001"] and len(evaluation["open_loop"]["psnr_ceiling"]) == len(a.HORIZONS)
-    for name in ("open_loop.png", "open_loop.mp4", "agent_finetune.py", "args.json", "provenance.json", "split.json"):
+    files = "open_loop.png", "open_loop.mp4", "dreams.mp4", "agent_finetune.py", "args.json", "provenance.json"
+    for name in (*files, "split.json"):
         assert (run_dir / name).stat().st_size > 0
+    agent, tuned = (torch.load(run_dir / f"{name}.pt", weights_only=True)["models"] for name in ("agent", "imagine"))
+    moved = {name for name in agent["heads"] if not torch.equal(agent["heads"][name], tuned["heads"][name])}
+    assert {name.split(".")[0] for name in moved} == {"policy", "value"}
+    assert all(torch.equal(agent["heads"][f"policy.{name}"], x) for name, x in tuned["prior"].items())
+    assert all(torch.equal(agent["dynamics"][name], x) for name, x in tuned["dynamics"].items())
     weights = load_file(run_dir / "model.safetensors")
     sizes = json.loads((run_dir / "config.json").read_text())["sizes"]
     dynamics = a.Dynamics(**sizes["dynamics"])
@@ -71,8 +77,10 @@ def test_three_phases_leave_an_agent(run, packed):
 
 
 def test_an_agent_is_evaluated_again_alike(run, packed, tmp_path):
-    agent = f"{run['run_dir']}/agent.pt"
-    again = a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path), phase="eval", agent_checkpoint=agent, **QUICK))
+    tuned = f"{run['run_dir']}/imagine.pt"
+    again = a.main(
+        a.Args(data_dir=str(packed), run_root=str(tmp_path), phase="eval", imagine_checkpoint=tuned, **QUICK)
+    )
     for name, metric in run.items():
         if name.startswith("eval/"):
             assert again[name] == pytest.approx(metric, nan_ok=True), name
@@ -135,7 +143,7 @@ a.main(a.Args(data_dir={data!r}, run_root={runs!r}, resume={resume!r}, **QUICK))
 """
 
 
-@pytest.mark.parametrize("kill_at", [12, 41, 85])  # in the tokenizer, the dynamics, the agent
+@pytest.mark.parametrize("kill_at", [12, 41, 85, 103])  # in the tokenizer, the dynamics, the agent, the imagination
 def test_kill_9_and_resume_give_the_curve_of_a_run_that_was_not_killed(run, packed, tmp_path, kill_at):
     def child(kill_at: int, resume: str | None) -> int:
         code = CHILD.format(root=str(ROOT), data=str(packed), runs=str(tmp_path), kill_at=kill_at, resume=resume)
@@ -145,10 +153,18 @@ def test_kill_9_and_resume_give_the_curve_of_a_run_that_was_not_killed(run, pack
     assert child(kill_at, None) == -9
     (run_dir,) = tmp_path.iterdir()
     assert child(-1, str(run_dir)) == 0
-    for name in ("recon", "flow", "bootstrap", "policy", "reward"):
+    for name in ("recon", "flow", "bootstrap", "policy", "reward", "actor", "value"):
         assert curve(run_dir, f"train/{name}_loss") == curve(run["run_dir"], f"train/{name}_loss")
     metrics = json.loads((run_dir / "eval.json").read_text())["metrics"]
     assert metrics == pytest.approx({name: metric for name, metric in run.items() if "/" in name}, nan_ok=True)
+
+
+def test_dreams_that_do_not_follow_the_actions_stop_before_the_imagination(run, packed, tmp_path):
+    settings = QUICK | {"phase": "imagine", "gates": True, "agent_checkpoint": f"{run['run_dir']}/agent.pt"}
+    with pytest.raises(SystemExit, match="dreams do not .*--no-gates. The agent is in .*agent.pt"):
+        a.main(a.Args(data_dir=str(packed), run_root=str(tmp_path), **settings))
+    (run_dir,) = tmp_path.iterdir()
+    assert not (run_dir / "last.pt").exists() and not (run_dir / "imagine.pt").exists()
 
 
 def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
@@ -164,12 +180,17 @@ def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
     fails("--phase eval trains nothing.*--agent-checkpoint", phase="eval")
     fails("--sampling-steps 3: expected .* a power of two", sampling_steps=3)
     fails("--save-every 0: expected 1 or more", save_every=0)
-    fails("--agent-checkpoint .* is for --phase eval", agent_checkpoint=f"{run['run_dir']}/agent.pt")
+    fails("--agent-checkpoint .* is for --phase imagine", phase="agent", agent_checkpoint=f"{run['run_dir']}/agent.pt")
+    fails("--imagine-checkpoint .* is for --phase eval", imagine_checkpoint=f"{run['run_dir']}/imagine.pt")
+    fails("no two windows of 204 frames", horizon=200)
+    fails("--gamma 1.5: expected 0 to 1", gamma=1.5)
     fails("nobody plays after --phase dynamics", phase="dynamics", env_id="retro:Airstriker-Genesis-v0")
     odd = write_packed(tmp_path / "odd", episodes=1, length=40, action_index="sideways")
     fails("action_index sideways, expected arrival or departure", data_dir=str(odd))
     fails("dynamics.pt is no file.*--dynamics-checkpoint runs", dynamics_checkpoint=str(tmp_path / "dynamics.pt"))
-    fails("stopped at update 30. Finish it: --resume", phase="eval", agent_checkpoint=f"{run['run_dir']}/last.pt")
+    last, tuned = f"{run['run_dir']}/last.pt", f"{run['run_dir']}/imagine.pt"
+    fails("stopped at update 20. Finish it: --resume", phase="eval", imagine_checkpoint=last)
+    fails("imagine.pt has dreamed already.*--imagine-checkpoint", phase="imagine", agent_checkpoint=tuned)
     fails("--max-grad-norm -1: expected 0 or more", max_grad_norm=-1.0)
     fails("--reward-range 0 .*expected above 0", reward_range=0.0)
     fails("--play-task nobody: expected one of unknown", play_task="nobody")

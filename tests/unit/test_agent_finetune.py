@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import agent_finetune as a
+from benchmarks.speed.agent import dream_without_cache
 from tests.packed import write_packed
 
 DYNAMICS = {"z_shape": (3, 4), "bounded": True, "n_movement": 5, "n_keys": 2, "n_tasks": 2, "dim": 16, "layers": 4}
@@ -472,6 +473,133 @@ def test_pmpo_looks_at_signs_only():
     assert float(a.pmpo_loss(log_p, torch.ones(4))) == 0.5 * 2.5  # an empty set adds nothing
 
 
+def test_the_distance_of_two_policies_is_summed_over_movement_and_keys():
+    p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
+    on, off = torch.tensor([0.2]).logit(), torch.tensor([0.1]).logit()
+    assert float(a.action_kl(p, q, 3)) == pytest.approx(0.085123, abs=1e-6)
+    assert float(a.action_kl(q, p, 3)) == pytest.approx(0.092033, abs=1e-6)
+    both = a.action_kl(torch.cat([p, on])[None], torch.cat([q, off])[None], 3)
+    assert both.shape == (1,) and float(both) == pytest.approx(0.085123 + 0.044403, abs=1e-6)
+    assert float(a.action_kl(torch.cat([p, on]), torch.cat([p, on]), 3)) == 0
+
+
+# dreams ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("follow", [False, True])
+def test_dreams_with_a_cache_are_those_without(dynamics, follow):
+    heads, batch = random_heads(), world_batch(T=12)
+    nn.init.normal_(heads.policy.out.weight)
+    policy, args = None if follow else heads.policy, a.Args()
+    made = a.dream(dynamics, heads, policy, batch, 5, 6, args, torch.Generator().manual_seed(3))
+    slow = dream_without_cache(dynamics, heads, policy, batch, 5, 6, 4, torch.Generator().manual_seed(3))
+    assert made["h"].shape == (8, 7, 16) and made["z"].shape == (8, 6, 3, 4) and made["keys"].shape == (8, 6, 2)
+    for name in ("h", "z", "movement", "keys"):
+        assert torch.allclose(made[name].float(), slow[name].float(), atol=1e-5), name
+    assert made["z"].abs().max() <= 1
+    if follow:
+        assert torch.equal(made["movement"], batch["movement"][:, 5:11])
+    else:
+        assert len(made["movement"].unique()) > 1
+
+
+class Echo(a.Dynamics):
+    """The agent reads the movement that led in; latents stay what they are."""
+
+    def forward(self, z, signal, step, actions, independent=None, cache=None):
+        return z, F.one_hot(actions["movement"], 16).float(), {}
+
+
+class Pays(nn.Module):
+    """A reward head that pays `wanted` (16,) of what the agent reads."""
+
+    def __init__(self, wanted: torch.Tensor, bins: torch.Tensor):
+        super().__init__()
+        self.wanted, self.bins = wanted, bins
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return a.twohot_encode(h @ self.wanted, self.bins).log()[..., None, :]
+
+
+def test_a_dream_is_paid_for_the_action_that_led_in():
+    heads, batch = random_heads(), world_batch(T=8)
+    heads.reward = Pays(0.05 * torch.arange(16.0), heads.reward_bins)
+    made = a.dream(Echo(**DYNAMICS), heads, None, batch, 3, 5, a.Args())
+    assert made["reward"] == pytest.approx(0.05 * batch["movement"][:, 3:8].float(), abs=1e-5)
+
+
+def test_only_the_policy_and_the_value_learn_from_dreams_and_each_from_its_own_loss(dynamics):
+    heads, batch = random_heads(), world_batch()
+    prior = copy.deepcopy(heads.policy)
+    for head in (heads.policy, heads.reward, heads.cont):
+        nn.init.normal_(head.out.weight)
+    terms = a.imagine_terms(dynamics, heads, prior, batch, a.Args(horizon=4))
+    learning = {}
+    for name in ("actor", "value"):
+        for module in (dynamics, heads, prior):
+            module.zero_grad()
+        terms[name].backward(retain_graph=True)
+        learning[name] = {n for n, p in heads.named_parameters() if p.grad is not None and p.grad.any()}
+        assert all(p.grad is None or not p.grad.any() for m in (dynamics, prior) for p in m.parameters())
+    assert {name.split(".")[0] for name in learning["actor"]} == {"policy"}
+    assert {name.split(".")[0] for name in learning["value"]} == {"value"}
+    assert terms["kl"] > 0
+
+
+def test_dreams_teach_the_action_that_pays(dynamics):
+    torch.manual_seed(0)
+    heads, batch = random_heads(), world_batch()
+    prior = copy.deepcopy(heads.policy)
+    echo = Echo(**DYNAMICS)
+    heads.reward = Pays(F.one_hot(torch.tensor(3), 16).float(), heads.reward_bins)
+    optimizer = torch.optim.Adam([*heads.policy.parameters(), *heads.value.parameters()], lr=3e-3)
+    for _ in range(60):
+        terms = a.imagine_terms(echo, heads, prior, batch, a.Args(horizon=4))
+        optimizer.zero_grad()
+        (terms["actor"] + terms["value"]).backward()
+        optimizer.step()
+    chosen = a.dream(echo, heads, heads.policy, batch, 3, 4, a.Args())["movement"]
+    assert (chosen == 3).float().mean() > 0.6 and terms["kl"] > 0.2  # a fifth before
+
+
+def test_a_dream_that_may_have_ended_counts_less():
+    cont = torch.tensor([[0.5, 0.5, 1.0]])
+    assert a.alive(cont).tolist() == [[1, 0.5, 0.25]]
+    made = {"reward": torch.tensor([[1.0, 2.0, 4.0]]), "cont": cont}
+    assert float(a.dream_returns(made, 0.5)) == pytest.approx(1 + 0.5 * 0.5 * 2 + 0.25 * 0.25 * 4)
+
+
+def test_dreams_begin_where_the_game_goes_on():
+    rows = some_rows([(0, 20), (20, 24), (24, 40)], [])
+    rows.cont[[19, 23, 39]] = 0
+    contexts = a.choose_contexts(rows, 8)
+    assert contexts[:, 0].tolist() == [0, 4, 8, 24, 28]  # not those whose eighth row is 19 or 39; one run is too short
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"actions_apart": 0.01}, "do not follow the actions.*0.0100 apart, two noise seeds 0.0200.*--no-gates"),
+        ({"rate_gain": 0.4}, "a gain is seen 0.40 times as often"),
+        ({"rate_loss": 2.5}, "a loss is seen 2.50 times as often"),
+        ({"rate_loss": 2.5, "events_loss": 9}, None),
+        ({}, None),
+    ],
+)
+def test_gates(changes, words):
+    found = {
+        "actions_apart": 0.03,
+        "seeds_apart": 0.02,
+        "events_gain": 20,
+        "events_loss": 20,
+        "rate_gain": 1.9,
+        "rate_loss": 0.6,
+    }
+    if words is None:
+        a.check_dreams(found | changes)
+    else:
+        with pytest.raises(ValueError, match=words):
+            a.check_dreams(found | changes)
+
+
 # windows and sampling -------------------------------------------------------------------------------------------------
 def some_rows(runs: list[tuple[int, int]], rewards: list[int]) -> a.Rows:
     R = runs[-1][1]
@@ -607,7 +735,7 @@ def test_the_agent_plays_by_what_the_evaluation_reads(tmp_path):
     actions = {name: getattr(rows, name)[None] for name in a.ACTION} | {"task": torch.tensor([0])}
     h, _ = a.look(networks["dynamics"], rows.z[None].float(), actions, {}, [torch.Generator().manual_seed(3)])
     done = (2 * rows.movement + rows.keys[:, 0]).long().numpy()[1:, None]  # after each screen but the last
-    player = a.AgentPlayer(networks, 0, sample=False, device="cpu")
+    player = a.AgentPlayer(networks, networks["heads"].policy, 0, sample=False, device="cpu")
     draw_noise, t = a.draw_noise, iter(range(30))
     noise = draw_noise(rows.z[None].shape, [torch.Generator().manual_seed(3)], "cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -622,7 +750,8 @@ def test_the_agent_plays_by_what_the_evaluation_reads(tmp_path):
 def test_a_game_does_not_depend_on_those_beside_it(sample):
     rng = np.random.default_rng(0)
     screens, done = rng.integers(0, 256, (12, 3, 48, 80, 3), np.uint8), rng.integers(0, 10, (12, 3))
-    player = a.AgentPlayer(small_agent(), 0, sample, "cpu")
+    networks = small_agent()
+    player = a.AgentPlayer(networks, networks["heads"].policy, 0, sample, "cpu")
     together = play_along(player, [5, 6, 7], screens, done)
     alone = play_along(player, [6], screens[:, 1:2], done[:, 1:2])
     assert together[:, 1].tolist() == alone[:, 0].tolist()
@@ -630,7 +759,7 @@ def test_a_game_does_not_depend_on_those_beside_it(sample):
 
 def test_sampled_actions_come_as_often_as_their_probabilities():
     networks = small_agent()
-    player = a.AgentPlayer(networks, 0, True, "cpu")
+    player = a.AgentPlayer(networks, networks["heads"].policy, 0, True, "cpu")
     logits = torch.tensor([0.0, 1.0, 0.5, -1.0, -2.0, 0.8])
     out = networks["heads"].policy.out
     nn.init.zeros_(out.weight), out.bias.data.copy_(logits.repeat(2))
