@@ -467,8 +467,9 @@ class Tokenizer(nn.Module):
 
 
 class Dynamics(nn.Module):
-    """Clean latents from noisy ones, the past and the actions. Slots of a frame: latents, registers, the action, the
-    noise level with the step size, and last the agent, who sees all and whom nobody sees."""
+    """Clean latents from noisy ones, the past and the actions. Slots of a frame: latents, each with what it was in the
+    frame before, registers, the action, the noise level with the step size, and last the agent, who sees all and whom
+    nobody sees."""
 
     def __init__(
         self,
@@ -492,11 +493,12 @@ class Dynamics(nn.Module):
         S = self.n_tokens + registers + 3
         is_agent = torch.arange(S) == S - 1
         self.z_in, self.z_out = nn.Linear(token_dim, dim), nn.Linear(dim, token_dim)
+        self.before_in, self.before_signal = nn.Linear(token_dim, dim), nn.Embedding(k_max, dim)
         self.slots = nn.Parameter(0.02 * torch.randn(S - 1, dim))  # registers, an action that is not known: this alone
         self.movement, self.keys = nn.Embedding(n_movement, dim), nn.Embedding(max(1, n_keys), dim)
         self.signal, self.step = nn.Embedding(k_max, dim // 2), nn.Embedding(k_max.bit_length(), dim - dim // 2)
         self.agent, self.task = nn.Parameter(0.02 * torch.randn(dim)), nn.Embedding(n_tasks, dim)
-        for table in (self.movement, self.keys, self.signal, self.step, self.task):
+        for table in (self.movement, self.keys, self.signal, self.before_signal, self.step, self.task):
             nn.init.normal_(table.weight, std=0.02)
         self.trunk = Trunk(dim, layers, heads, kv_heads, time_every, context, ~is_agent | is_agent[:, None])
 
@@ -509,10 +511,23 @@ class Dynamics(nn.Module):
         action = torch.where(known[..., None], action, 0.0)  # (B, T, D)
         level = torch.cat([self.signal(signal), self.step(step)], -1)
         registers = torch.zeros(*level.shape[:2], len(self.slots) - self.n_tokens - 2, level.shape[-1], device=z.device)
-        world = torch.cat([self.z_in(z), registers, action[:, :, None], level[:, :, None]], 2) + self.slots
+        latents = self.z_in(z) + self.frame_before(z, signal, independent, cache)
+        world = torch.cat([latents, registers, action[:, :, None], level[:, :, None]], 2) + self.slots
         agent = (self.agent + self.task(actions["task"]))[:, None, None].expand(-1, level.shape[1], -1, -1)
         x, cache = self.trunk(torch.cat([world, agent], 2), independent, cache)
+        cache = None if cache is None else cache | {"z": z[:, -1:], "signal": signal[:, -1:]}
         return self.z_out(x[:, :, : self.n_tokens]), x[:, :, -1], cache
+
+    def frame_before(self, z, signal, independent, cache: dict | None) -> torch.Tensor:
+        """(B, T, N, D) of the latents of the frame before and their noise level; 0 where there is none. Attention could
+        fetch them, but learns that long after it could have learnt what an action does to them."""
+        known = torch.ones_like(signal, dtype=torch.bool)
+        if independent is not None:
+            known &= ~independent[:, None]
+        last_z, last_signal = (cache["z"], cache["signal"]) if cache else (torch.zeros_like(z[:, :1]), signal[:, :1])
+        z, signal = torch.cat([last_z, z[:, :-1]], 1), torch.cat([last_signal, signal[:, :-1]], 1)
+        known[:, 0] &= bool(cache)
+        return torch.where(known[..., None, None], self.before_in(z) + self.before_signal(signal)[:, :, None], 0.0)
 
     def agent_parameters(self) -> list[nn.Parameter]:
         """What the dynamics' own losses never reach."""
@@ -739,14 +754,27 @@ def amp_config(device: str | torch.device, bf16_supported: bool) -> tuple[torch.
 
 
 def parameter_groups(new: list[nn.Parameter], modules: list[nn.Module], lr: float, scale: float, decay: float):
-    """AdamW groups of all parameters in `modules`: those in `new` learn at `lr`, others at `scale` times that; only the
-    weights of linear layers decay. Frozen parameters are in none."""
+    """Of all parameters in `modules`: those in `new` learn at `lr`, others at `scale` times that; only the weights of
+    linear layers decay; `matrices` of blocks are for Muon. Frozen parameters are in none."""
     parts = [part for module in modules for part in module.modules()]
     linear = {part.weight for part in parts if isinstance(part, nn.Linear)}
+    matrices = {p for part in parts if isinstance(part, Block) for p in part.parameters() if p.dim() == 2}
     new, groups = set(new), {}
     for p in dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad):
-        groups.setdefault((lr if p in new else lr * scale, decay if p in linear else 0.0), []).append(p)
-    return [{"params": ps, "lr": rate, "base_lr": rate, "weight_decay": wd} for (rate, wd), ps in groups.items()]
+        kind = (lr if p in new else lr * scale, decay if p in linear else 0.0, p in matrices)
+        groups.setdefault(kind, []).append(p)
+    return [
+        {"params": ps, "lr": rate, "base_lr": rate, "weight_decay": wd, "matrices": muon}
+        for (rate, wd, muon), ps in groups.items()
+    ]
+
+
+def make_optimizers(groups: list[dict], fused: bool = True) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (Jordan 2024, at the update size of AdamW: Liu et al. 2025, arXiv 2502.16982) for the matrices of
+    blocks, which learn from half as many frames with it."""
+    others, matrices = ([group for group in groups if group["matrices"] == muon] for muon in (False, True))
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=fused, foreach=False)]
+    return optimizers + ([torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 
 # reading, imagining, playing ------------------------------------------------------------------------------------------
@@ -1439,7 +1467,7 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
         for block in trunk.blocks if args.compile_model else ():
             block.compile()
     groups = parameter_groups(new, modules, args.lr or preset.lr, args.trunk_lr_scale, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    optimizers = make_optimizers(groups)
     dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     rms = nn.ModuleDict({name: RunningRMS() for name in TERMS[phase]}).to(device)
@@ -1451,7 +1479,8 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
     sampler = WindowSampler(len(windows), mixture, args.seed + PHASES.index(phase))
     step, frames_seen, skipped = 0, 0, 0
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         scaler.load_state_dict(resumed["scaler"])
         rms.load_state_dict(resumed["rms"])
         sampler.state, step, frames_seen = resumed["sampler"], resumed["step"], resumed["frames_seen"]
@@ -1459,7 +1488,8 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
 
     def save_last():
         writer.flush()  # a run that is killed goes on from here, its curves too
-        training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rms": rms.state_dict()}
+        training = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        training |= {"scaler": scaler.state_dict(), "rms": rms.state_dict()}
         training |= {"sampler": dict(sampler.state), "rng": runs.rng_state(), "threads": torch.get_num_threads()}
         save("last.pt", step=step, frames_seen=frames_seen, **training)
 
@@ -1492,15 +1522,17 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
             loss = sum(rms[name](terms[name]) for name in TERMS[phase])
 
             # step
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 rise, fall = (step + 1) / max(1, args.warmup_steps), 1 - step / n_steps if args.anneal_lr else 1.0
                 group["lr"] = group["base_lr"] * min(1.0, rise) * fall
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             finite = bool(torch.isfinite(norm))
-            if finite:
+            for optimizer in optimizers if finite else ():
                 scaler.step(optimizer)
             skipped = 0 if finite else skipped + 1
             scaler.update()
@@ -1517,7 +1549,7 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
                     "train/loss": loss.item(),
                     "train/grad_norm": norm.item(),
                     "train/reward_windows": float(relevant[chosen].mean()) if len(relevant) else 0.0,
-                    "charts/learning_rate": optimizer.param_groups[-1]["lr"],
+                    "charts/learning_rate": optimizers[0].param_groups[-1]["lr"],
                     "charts/SPS": (frames_seen - first_frames) / elapsed,
                     "charts/frames_seen": frames_seen,
                     "charts/epoch": sampler.state["epoch"] + sampler.state["position"] / sampler.n,

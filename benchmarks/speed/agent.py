@@ -72,13 +72,14 @@ def compare_training(args: Args, preset: a.Preset, device, clock, name: str):
     B, T = preset.batch_sizes[2], preset.lengths[0]
     batch, uniform = make_batch(preset, B, T, device), torch.arange(B, device=device) < B // 2
     dtype, _ = a.amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
-    settings, fused = a.Args(), F.scaled_dot_product_attention
+    settings, kernel = a.Args(), F.scaled_dot_product_attention
 
-    def make(attention, **optimiser):
+    def make(attention, fused: bool):
         torch.manual_seed(1)
         dynamics, heads = make_networks(preset, device)
         parameters = [*dynamics.parameters(), *heads.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, **optimiser)
+        groups = a.parameter_groups(parameters, [dynamics, heads], 1e-4, 1.0, 0.01)
+        optimizers = a.make_optimizers(groups, fused)
 
         def update(_=0, n=args.updates):
             F.scaled_dot_product_attention = attention
@@ -86,17 +87,19 @@ def compare_training(args: Args, preset: a.Preset, device, clock, name: str):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     terms = a.world_terms(dynamics, heads, batch, uniform, True, settings)
                 loss = sum(terms[term] for term in a.TERMS["agent"])
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-            F.scaled_dot_product_attention = fused
+                for optimizer in optimizers:
+                    optimizer.step()
+            F.scaled_dot_product_attention = kernel
 
         return update
 
-    rival, ours = make(written_out, foreach=False), make(fused, fused=True)
+    rival, ours = make(written_out, fused=False), make(kernel, fused=True)
     with FlopCounterMode(display=False) as counter:
-        make(written_out, foreach=False)(n=1)  # as matrix products, all of which are counted
+        make(written_out, fused=False)(n=1)  # as matrix products, all of which are counted
     ways = {"attention written out, plain AdamW": rival, "agent_finetune.py": ours}
     seconds = paired.run_in_turn(ways, args.rounds, clock=clock)
     best, flops = min(seconds["agent_finetune.py"]) / args.updates, counter.get_total_flops()

@@ -8,8 +8,10 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -18,7 +20,7 @@ import pack_episodes
 from pack_episodes import Args, main
 from retro_env.airstriker import make_player, see
 from retro_env.game import RetroGame, make_game
-from retro_env.play import check_game
+from retro_env.play import Crowd, check_game, compare_players
 
 EMULATOR = True  # tests/conftest.py: what these tests need
 GAME = "retro:Airstriker-Genesis-v0"
@@ -183,3 +185,20 @@ def test_a_game_is_checked_before_anything_is_trained():
         check_game("retro:Airstriker-Genesis-v0", meta | {"keys": []})
     with pytest.raises(FileNotFoundError, match="Nothing-v0 is no game"):
         check_game("retro:Nothing-v0", {"n_movement": 9, "keys": ["B"]})
+
+
+def test_players_meet_on_the_same_seeds_and_the_best_and_the_median_game_are_filmed(tmp_path):
+    meta = {"n_movement": 9, "keys": ["B"], "source": {"players": {"shooter:1": 1.0}, "sticky": 0.05}}
+    agents = {
+        name: Crowd([partial(make_player, player)]) for name, player in (("greedy", "sticky"), ("bc_greedy", "random"))
+    }
+    found = compare_players(GAME, meta, agents, [3, 4, 5], 2, 60, tmp_path)
+    assert list(found["score"]) == ["random", "mix", "greedy", "bc_greedy"]
+    games = {name: [game["score"] for game in played] for name, played in found["games"].items()}
+    assert games["random"] == games["bc_greedy"] and all(len(scores) == 3 for scores in games.values())
+    assert found["minus_bc"]["greedy"][0] == pytest.approx(np.mean(games["greedy"]) - np.mean(games["random"]))
+    steps = {game["score"]: game["steps"] for game in found["games"]["greedy"]}
+    for name, score in (("best", max(games["greedy"])), ("median", sorted(games["greedy"])[1])):
+        with av.open(str(tmp_path / f"{name}.mp4")) as film:
+            assert sum(1 for _ in film.decode(video=0)) == steps[score]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.mp4", "median.mp4"]

@@ -34,7 +34,7 @@ OUTPUT_FILES = (
     "closed_loop.json closed_loop.png best.mp4 median.mp4 *_closed_loop_* latency.json latency.png "
     "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
     "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4 "
-    "meta.json tokenizer.pt dynamics.pt agent.pt imagine.pt dreams.mp4 best.mp4 median.mp4 *.safetensors config.json open_loop.* "
+    "meta.json tokenizer.pt dynamics.pt agent.pt imagine.pt dreams.mp4 *.safetensors config.json open_loop.* "
     "heldout_* episode_* session_*.npz dagger_round_* eval_*.json *.pth chunk_* facts.json"
 ).split()
 SUFFIXES = ".py .md .sh .toml .txt .yaml .json .jsonl .parquet .mp4 .png .pt .onnx .stl .npz .pth .gba .c".split()
