@@ -213,7 +213,7 @@ class Preset:
     context: int = 16  # frames that a layer of the dynamics sees at once
     lengths: tuple[int, int] = (8, 24)  # rows of a short and of a long window
     batch_sizes: tuple[int, int, int, int] = (16, 16, 16, 64)  # by phase
-    steps: tuple[int, int, int, int] = (1000, 1500, 2500, 300)
+    steps: tuple[int, int, int, int] = (1000, 2000, 3000, 300)
     lr: float = 3e-3
 
 

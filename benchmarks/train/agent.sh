@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The figures of docs/agent_finetune.md, from an empty folder: pack 20,000 frames of Airstriker, train all phases, play
-# 20 games; the same with the committed sample alone. At most 50 minutes on two cores that have nothing else to do.
+# The figures of docs/agent_finetune.md: pack 20,000 frames of Airstriker, train an agent, let it dream, play 40 games;
+# the same without dreams from the committed sample alone. An hour on two cores that have nothing else to do, and ten
+# minutes for each row of the ablations.
 #
-#   benchmarks/train/agent.sh        writes benchmarks/results/agent_finetune.json
-#   FRAMES=1500 STEPS=20 GAMES=2 RESULTS=build/try.json OUT=build/try benchmarks/train/agent.sh
+#   benchmarks/train/agent.sh                        all steps; writes benchmarks/results/agent_finetune.json
+#   benchmarks/train/agent.sh ablations summary      some of: pack packed imagine sample ablations summary
+#   FRAMES=1500 STEPS=20 GAMES=2 GATES=--no-gates RESULTS=build/try.json OUT=build/try benchmarks/train/agent.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/agent} FRAMES=${FRAMES:-20000} STEPS=${STEPS:-0} GAMES=${GAMES:-20}
-RESULTS=${RESULTS:-benchmarks/results/agent_finetune.json} GAME=retro:Airstriker-Genesis-v0
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/agent} FRAMES=${FRAMES:-20000} STEPS=${STEPS:-0} GAMES=${GAMES:-40}
+RESULTS=${RESULTS:-benchmarks/results/agent_finetune.json} GAME=retro:Airstriker-Genesis-v0 GATES=${GATES:---gates}
 export TQDM_DISABLE=1
-if [ -e "$OUT" ]; then
+if [ $# = 0 ] && [ -e "$OUT" ]; then
     echo "$OUT is there already; runs of two times would be mixed. Move it away, or name another: OUT=build/again" >&2
     exit 1
 fi
@@ -22,14 +24,44 @@ step() { # name, then a command; its output goes to a log
     echo "$name: $((SECONDS - started)) s" | tee -a "$OUT/seconds.txt"
 }
 
-train() { # name, data, play or not
-    step "$1" "$PYTHON" agent_finetune.py --exp-name "$1" --data-dir "$2" --run-root "$OUT/runs" \
-        --tokenizer-steps "$STEPS" --dynamics-steps "$STEPS" --agent-steps "$STEPS"
-    step "${1}_play" "$PYTHON" agent_finetune.py --exp-name "${1}_play" --data-dir "$2" --run-root "$OUT/runs" --phase eval \
-        --agent-checkpoint "$(echo "$OUT"/runs/*__"$1"__*/agent.pt)" --env-id "$GAME" --play-episodes "$GAMES"
+agent() { # name of the run, data, then flags
+    local name=$1 data=$2
+    shift 2
+    step "$name" "$PYTHON" agent_finetune.py --exp-name "$name" --data-dir "$data" --run-root "$OUT/runs" "$@"
 }
 
-step pack "$PYTHON" pack_episodes.py --env-id "$GAME" --output "$OUT/packed" --frames "$FRAMES"
-train packed "$OUT/packed"
-train sample sample_packed
-$PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS"
+checkpoint() { echo "$OUT"/runs/*__"$1"__*/"$2".pt; } # of a run
+
+imagine() { # name of the run, then flags
+    local name=$1
+    shift
+    agent "$name" "$OUT/packed" --phase imagine --agent-checkpoint "$(checkpoint packed agent)" --imagine-steps "$STEPS" \
+        "$GATES" "$@"
+    agent "${name}_play" "$OUT/packed" --phase eval --imagine-checkpoint "$(checkpoint "$name" imagine)" --env-id "$GAME" \
+        --play-episodes "$GAMES"
+}
+
+train() { # name of the run, data
+    agent "$1" "$2" --phase agent --tokenizer-steps "$STEPS" --dynamics-steps "$STEPS" --agent-steps "$STEPS"
+}
+
+for part in ${*:-pack packed imagine sample ablations summary}; do
+    case $part in
+        pack) step pack "$PYTHON" pack_episodes.py --env-id "$GAME" --output "$OUT/packed" --frames "$FRAMES" ;;
+        packed) train packed "$OUT/packed" ;;
+        imagine) imagine imagine ;;
+        sample)
+            train sample sample_packed
+            agent sample_play sample_packed --phase eval --agent-checkpoint "$(checkpoint sample agent)" --env-id "$GAME" \
+                --play-episodes "$GAMES"
+            ;;
+        ablations)
+            imagine lambda --lam 0.8
+            imagine horizon --horizon 8
+            imagine beta --beta 1.0
+            imagine noise --context-noise 0.25
+            ;;
+        summary) $PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS" ;;
+        *) echo "$part: expected pack, packed, imagine, sample, ablations or summary" >&2 && exit 1 ;;
+    esac
+done
