@@ -168,7 +168,8 @@ class Args:
     play_episodes: int = 40
     """games of each player, on the same seeds"""
     play_task: str | None = None
-    """as which of the players the agent plays; None: as the one with the highest mean return in training"""
+    """as which of the players the agent dreams and plays; None: as the one with the highest mean return in training,
+    or as it has dreamed"""
     play_seed: int = 1_000_000
     """the first of the seeds"""
     max_steps: int = 1000
@@ -232,6 +233,7 @@ PRESETS = {"cpu": Preset(), "gpu-s": GPU_S, "gpu-m": GPU_M}
 N_BINS = 255
 HORIZONS = (1, 2, 4, 8, 16)  # frames ahead that the dynamics is scored at
 START = 8  # real frames before an open-loop prediction
+BLOCK = 100  # rows whose dreams are averaged before an interval is drawn: 5 seconds of a game at 20 Hz
 
 
 # data: which rows a batch has -----------------------------------------------------------------------------------------
@@ -978,11 +980,15 @@ def evaluate_tokenizer(tokenizer: Tokenizer, held: Rows, device) -> dict[str, fl
 
 def spread_windows(rows: Rows, length: int, limit: int) -> np.ndarray:
     """(W, 2) first row and end of the run, of up to `limit` windows of `length` rows, evenly from all, eight rows apart
-    from each other. Raises ValueError where there are not two."""
+    from each other."""
     windows = [(start, stop) for first, stop in rows.runs for start in range(first, stop - length + 1, 8)]
-    if len(windows) < 2:
-        raise ValueError(f"no two windows of {length} frames to evaluate on. Hold longer episodes out: --heldout")
     return np.array(windows)[np.linspace(0, len(windows) - 1, min(limit, len(windows))).astype(int)]
+
+
+def check_windows(rows: Rows, length: int, where: str):
+    """Raise ValueError where `spread_windows` would find less than two. Now, not after the training."""
+    if np.maximum(0, 1 + (np.diff(rows.runs) - length) // 8).sum() < 2:
+        raise ValueError(f"there are no two windows of {length} frames in {where}")
 
 
 @torch.no_grad()
@@ -1068,7 +1074,7 @@ def follow_recorded(
     batch = gather(rows, spread_windows(rows, n_context + args.horizon, 256), n_context + args.horizon, 0, device)
     z, known = batch["z"], {name: batch[name] for name in ACTION} | {"task": batch["task"]}
     made = dream(dynamics, heads, None, batch, n_context, args.horizon, args, torch.Generator().manual_seed(0))
-    h, _ = look(dynamics, z, known, {}, torch.Generator().manual_seed(0))
+    h, _ = look(dynamics, z, known, {}, torch.Generator().manual_seed(0), args.context_noise)
     seen = twohot_decode(heads.reward(h[:, n_context:])[:, :, 0], heads.reward_bins)
     valid, found = batch["rew_valid"][:, n_context:], {}
     for kind, sign in (("gain", 1), ("loss", -1)):
@@ -1079,6 +1085,7 @@ def follow_recorded(
         found[f"auc_{kind}_real_frames"] = auc(event.cpu().numpy(), real.cpu().numpy())
         if found[f"events_{kind}"]:
             fires = real.sort(descending=True).values[found[f"events_{kind}"] - 1]
+            found[f"real_rate_{kind}"] = float((real >= fires).sum() / found[f"events_{kind}"])
             found[f"rate_{kind}"] = float((dreamed >= fires).sum() / (real >= fires).sum())
     some = {name: x[:: max(1, len(z) // 32)] for name, x in batch.items()}
 
@@ -1094,6 +1101,7 @@ def follow_recorded(
         return dream(dynamics, heads, None, some | held, n_context, min(8, args.horizon), args, generator)["z"][:, -1]
 
     actions = [(m, 0) for m in range(heads.n_movement)] + [(0, k + 1) for k in range(heads.n_keys)]
+    actions = actions[:32]
     ends = torch.stack([hold(*action, seed=0) for action in actions])  # (actions, W, N, Z)
     apart = (ends[:, None] - ends).square().mean((3, 4))  # (actions, actions, W)
     half = apart.shape[2] // 2  # the pair is chosen on one half, measured on the other
@@ -1106,13 +1114,21 @@ def follow_recorded(
 def check_dreams(found: dict):
     """Raise ValueError with the reason where `follow_recorded` found dreams that teach nothing."""
     mend = "Train the dynamics for longer or on more frames, or --no-gates"
+    if found["opposite"][0] == found["opposite"][1]:
+        raise ValueError("the game has one action, there is nothing to choose. --no-gates")
     if not found["actions_apart"] > found["seeds_apart"]:
         apart = f"{found['actions_apart']:.4f} apart, two noise seeds {found['seeds_apart']:.4f}"
         raise ValueError(
             f"dreams do not follow the actions: the two that part them the most bring them {apart}. {mend}"
         )
-    for kind in ("gain", "loss"):
-        if found[f"events_{kind}"] >= 10 and not 0.5 <= found[f"rate_{kind}"] <= 2:
+    kinds = [kind for kind in ("gain", "loss") if found[f"events_{kind}"] >= 10]
+    if not kinds:
+        events = f"{found['events_gain']} gains and {found['events_loss']} losses"
+        raise ValueError(f"too few rewards to check what dreams pay: {events} in the windows, expected 10. {mend}")
+    for kind in kinds:
+        if found[f"real_rate_{kind}"] > 2:
+            raise ValueError(f"the reward head does not tell a {kind} from other frames. {mend}")
+        if not 0.5 <= found[f"rate_{kind}"] <= 2:
             fires = f"a {kind} is seen {found[f'rate_{kind}']:.2f} times as often as in real frames, expected 0.5 to 2"
             raise ValueError(f"dreams do not pay as the game does: {fires}. {mend}")
 
@@ -1123,20 +1139,28 @@ def evaluate_imagination(
 ) -> tuple[dict, dict, dict | None]:
     """Dreams of the tuned policy and of the one before, from the same held-out contexts and noise: metrics, a table,
     and films (4, T, 3, H, W) of some of them."""
-    batch = gather(held, spread_windows(held, n_context, 128), n_context, 0, device)
+    windows = spread_windows(held, n_context, 256)
+    windows = windows[held.cont.numpy()[windows[:, 0] + n_context - 1] > 0]  # the game goes on
+    _, block = np.unique(windows[:, 0] // BLOCK, return_inverse=True)
+    batch = gather(held, windows, n_context, 0, device)
     batch["task"] = torch.full_like(batch["task"], task)
     made = {"agent": [], "prior": []}
-    for seed in range(4):
+    for seed in range(2):
         for name, policy in (("agent", heads.policy), ("prior", prior)):
             generator = torch.Generator().manual_seed(seed)
             made[name].append(dream(dynamics, heads, policy, batch, n_context, args.horizon, args, generator))
     returns = {
         name: torch.stack([dream_returns(one, args.gamma) for one in dreams]).mean(0).cpu().numpy()
         for name, dreams in made.items()
-    }  # (W,) each
+    }  # (W,) each; what is near in time is alike, so the intervals are over the means of blocks
+    returns = {name: np.bincount(block, one) / np.bincount(block) for name, one in returns.items()}
     h = torch.cat([one["h"][:, :-1] for one in made["agent"]])
     kl = action_kl(heads.policy(h)[:, :, 0], prior(h)[:, :, 0], heads.n_movement).mean()
-    table = {"contexts": len(batch["z"]), "return": {name: interval(one) for name, one in returns.items()}}
+    table = {
+        "contexts": len(windows),
+        "blocks": int(block.max()) + 1,
+        "return": {name: interval(one) for name, one in returns.items()},
+    }
     table |= {"gain": interval(returns["agent"] - returns["prior"]), "kl": float(kl)}
     metrics = {
         "eval/dream_return": table["return"]["agent"][0],
@@ -1209,6 +1233,7 @@ def imagine_terms(dynamics: Dynamics, heads: Heads, prior: Head, batch: dict, ar
         values = twohot_decode(heads.value(made["h"])[:, :, 0], heads.value_bins)  # (B, H + 1)
         returns = lambda_returns(made["reward"], values, made["cont"], args.gamma, args.lam)[:, :-1]
         prior_logits = prior(h)[:, :, 0]
+    torch.clear_autocast_cache()  # weights that were cast without a gradient
     logits = heads.policy(h)[:, :, 0]  # (B, H, M + A)
     log_probs = -action_nll(logits, made["movement"], made["keys"])
     kl = action_kl(logits, prior_logits, heads.n_movement).mean()
@@ -1591,23 +1616,29 @@ def main(args: Args) -> dict:
         if checkpoint:
             runs.check_fingerprint(Path(args.resume), data_files)
             networks = load_networks(Path(args.resume) / "last.pt", checkpoint, list(checkpoint["models"]), device)
+            if "optimizers" not in checkpoint:
+                raise ValueError(f"{args.resume} is of an older version of {Path(__file__).name}. Train it again")
             done, known, play_task = checkpoint["done"], checkpoint["tasks"], checkpoint["play_task"]
         else:
             networks, done, known, play_task = load_given(args, meta, device)
         tasks, task_of = name_tasks(args, meta, known)
         rows, held = (load_rows(data_dir, names, meta, task_of) for names in (train_names, held_names))
+        if play_task and args.play_task not in (None, play_task):
+            raise ValueError(f"--play-task {args.play_task}: the agent has dreamed as {play_task}. Leave it out")
         play_task = args.play_task or play_task
         task = best_task(rows) if play_task is None else tasks.index(play_task)
         if args.phase != "tokenizer":
-            spread_windows(held, START + max(HORIZONS), 1)  # fail now, not after the training
+            check_windows(held, START + max(HORIZONS), "the held-out episodes. Hold longer ones out: --heldout")
         if args.env_id:
             check_game(args.env_id, meta)
         n_context = PRESETS[args.preset].lengths[0]
         windows, relevant = choose_windows(rows, n_context)
         if not len(windows):
             raise ValueError(f"{data_dir}: no run of two frames to train on. Pack longer ones with pack_episodes.py")
+        if args.phase in ("imagine", "all") or args.imagine_checkpoint:
+            mend = "Hold longer ones out: --heldout, or lower --horizon"
+            check_windows(held, n_context + args.horizon, f"the held-out episodes. {mend}")
         if args.phase in ("imagine", "all"):
-            spread_windows(held, n_context + args.horizon, 1)
             if not len(choose_contexts(rows, n_context)):
                 raise ValueError(f"{data_dir}: no run of more than {n_context} frames to dream from. Pack longer ones")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -1666,8 +1697,10 @@ def main(args: Args) -> dict:
             networks["prior"].load_state_dict(networks["heads"].policy.state_dict())
             try:
                 if args.gates:
+                    if held.z is None:
+                        held.z = encode_rows(networks["tokenizer"], held, device)
                     check_dreams(
-                        follow_recorded(networks["dynamics"], networks["heads"], rows, n_context, args, device)
+                        follow_recorded(networks["dynamics"], networks["heads"], held, n_context, args, device)
                     )
             except ValueError as error:
                 writer.close()
@@ -1746,7 +1779,8 @@ def main(args: Args) -> dict:
             play = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps, run_dir)
         except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
             writer.close()
-            raise SystemExit(f"{error}. The agent is in {run_dir}/{phases[-1]}.pt, --phase eval plays it") from None
+            agent = args.imagine_checkpoint or args.agent_checkpoint if not phases else run_dir / f"{phases[-1]}.pt"
+            raise SystemExit(f"{error}. The agent is in {agent}, --phase eval plays it") from None
         tables["play"] = play | {"task": tasks[task]}
         print(f"the agent plays as {tasks[task]}")
         for name, (mean, low, high) in play["score"].items():
@@ -1757,7 +1791,12 @@ def main(args: Args) -> dict:
             "eval/score_greedy": play["score"]["greedy"][0],
             "eval/score_random": play["score"]["random"][0],
         }
-        for name in ("eval/score", "eval/score_greedy", "eval/score_random"):
+        if prior is not None:
+            metrics |= {
+                "eval/score_bc": play["score"]["bc_sampled"][0],
+                "eval/score_bc_greedy": play["score"]["bc_greedy"][0],
+            }
+        for name in (name for name in metrics if name.startswith("eval/score")):
             writer.add_scalar(name, metrics[name], last)
         runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     writer.close()

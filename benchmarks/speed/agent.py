@@ -128,7 +128,7 @@ def measure_peak(device, dtype, clock) -> float:
 def compare_play(args: Args, preset: a.Preset, device, clock, name: str):
     torch.manual_seed(1)
     dynamics = make_networks(preset, device)[0].eval()
-    seen = preset.layers // preset.time_every * (preset.context - 1) + 1
+    seen = preset.layers // preset.time_every * (preset.context - 1) + 2  # each sees the frame before
     batch = make_batch(preset, 1, seen + args.frames, device)
 
     def part(first: int, stop: int) -> tuple[torch.Tensor, dict]:

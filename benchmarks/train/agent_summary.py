@@ -2,15 +2,20 @@
 
     python benchmarks/train/agent_summary.py <output folder of agent.sh> <results.json>
 
-`packed` is trained on the frames of the documented command, `sample` on sample_packed alone; each is evaluated on the
-held-out episodes of its own data, and plays the same seeds. Intervals are of 95 %, over resampled games.
+`packed` is trained on the frames of the documented command, `imagine` dreams on from it, `sample` is trained on
+sample_packed alone; what other names dream on from `packed` are ablations. Each is evaluated on the held-out episodes
+of its own data; all play the same seeds. Intervals are of 95 %, over resampled games, or contexts of dreams. Writes
+docs/agent_finetune_open_loop.png, too, where the results go into the tree.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 from common import runs  # noqa: E402
 
@@ -22,32 +27,32 @@ SHOWN = {  # what is shown beside its floor
     "AUC of losses": ("reward_auc_loss", None),
     "AUC of the end": ("cont_auc", None),
 }
+ABLATIONS = ("lambda", "horizon", "beta", "noise")
+WAYS = {"greedy": "likeliest", "sampled": "drawn"}
 
 
 def load_run(folder: Path, name: str) -> dict:
-    """Evaluation and provenance of the training run, and the games of the run that plays."""
-    found, provenance = {}, {}
-    for part in (name, f"{name}_play"):
-        paths = sorted((folder / "runs").glob(f"*__{part}__*/eval.json"))
-        if len(paths) != 1:
-            raise SystemExit(f"{folder}/runs holds {len(paths)} finished runs of {part}, expected those of agent.sh")
-        found[part] = json.loads(paths[0].read_text())
-        provenance[part] = json.loads(paths[0].with_name("provenance.json").read_text())
-    return found[name] | {"play": found[f"{name}_play"]["play"], "provenance": provenance[name]}
+    """Evaluation, arguments and provenance of a run, and the games of the run that plays, if there is one."""
+    paths = sorted((folder / "runs").glob(f"*__{name}__*/eval.json"))
+    if len(paths) != 1:
+        raise SystemExit(f"{folder}/runs holds {len(paths)} finished runs of {name}, expected those of agent.sh")
+    run = json.loads(paths[0].read_text()) | {"folder": paths[0].parent}
+    for what in ("provenance", "args"):
+        run[what] = json.loads(paths[0].with_name(f"{what}.json").read_text())
+    games = sorted((folder / "runs").glob(f"*__{name}_play__*/eval.json"))
+    if not games:
+        return run
+    again = json.loads(games[-1].read_text())
+    play, dreams = again["play"], {"dreams": again["dreams"]} if "dreams" in again else {}  # of one horizon and noise
+    scores = {player: [game["score"] for game in mine] for player, mine in play.pop("games").items()}
+    return run | dreams | {"play": play | {"scores": scores}}
 
 
-def what_holds(name: str, run: dict, minutes: float) -> dict[str, bool]:
-    """The bars, by what they say."""
+def agent_holds(run: dict, score: dict, minutes: float) -> dict[str, bool]:
+    """The bars of the first three phases, by what they say. `score` of the games of this agent."""
     metrics = {key.removeprefix("eval/"): value for key, value in run["metrics"].items()}
-    score = run["play"]["score"]
-    ways = {"greedy": "likeliest", "sampled": "drawn"}
-    held = {
-        f"{word} actions beat random, intervals apart": score[way][1] > score["random"][2] for way, word in ways.items()
-    }
-    if name == "sample":
-        return held
     table = run["open_loop"]
-    at = {h: i for i, h in enumerate(table["horizons"])}
+    at, held = {h: i for i, h in enumerate(table["horizons"])}, {}
     for h in (2, 4, 8):
         ahead = min(table["latent_mse_one_step"][at[h]], table["latent_mse_mean_of_4"][at[h]])
         held[f"latents {h} ahead below hold-last"] = ahead < table["latent_mse_hold_last"][at[h]]
@@ -57,44 +62,85 @@ def what_holds(name: str, run: dict, minutes: float) -> dict[str, bool]:
     ratio = metrics["action_shuffle_ratio"]
     held |= {"shuffled actions 1.05 times the error": ratio >= 1.05, "and 1.1 times": ratio >= 1.1}
     held["policy below P(a | last a)"] = metrics["policy_nll"] < metrics["policy_nll_markov"]
-    held["changes above P(a | a is not the last)"] = (
-        metrics["change_accuracy_not_last"] > metrics["change_accuracy_markov"]
-    )
+    changes = "changes above P(a | a is not the last)"
+    held[changes] = metrics["change_accuracy_not_last"] > metrics["change_accuracy_markov"]
     held["AUC of gains above 0.9"] = metrics["reward_auc"] > 0.9
     held["trained within 20 minutes"] = minutes <= 20
+    return held | beats_random(score, "bc_")
+
+
+def beats_random(score: dict, prefix: str = "") -> dict[str, bool]:
+    return {
+        f"{word} actions beat random, intervals apart": score[prefix + way][1] > score["random"][2]
+        for way, word in WAYS.items()
+    }
+
+
+def imagine_holds(run: dict, minutes: float) -> dict[str, bool]:
+    """The bars of the imagination."""
+    held = {"dreams pay more than those of the prior": run["dreams"]["gain"][1] > 0}
+    held |= {"KL below 1 nat": run["dreams"]["kl"] < 1, "within 10 minutes more": minutes <= 10}
+    for way, word in WAYS.items():
+        low, before = run["play"]["minus_bc"][way][1], run["play"]["score"][f"bc_{way}"][0]
+        held[f"{word} actions above -10 % of BC"] = low > -0.1 * before
+        held[f"and above BC ({word})"] = low > 0
     return held
+
+
+def print_agent(run: dict):
+    print("| | | floor |\n|---|---|---|")
+    for what, (key, floor) in SHOWN.items():
+        beside = run["metrics"][f"eval/{floor}"] if floor else 0.5
+        print(f"| {what} | {run['metrics'][f'eval/{key}']:.3f} | {beside:.3f} |")
+    table = run["open_loop"]
+    print("\n| frames ahead |" + "".join(f" {h} |" for h in table["horizons"]))
+    print("|---|" + "---|" * len(table["horizons"]))
+    for way, row in table.items():
+        if isinstance(row, list) and way != "horizons":
+            digits = 3 if "mse" in way else 1
+            print(f"| {way.replace('_', ' ')} |" + "".join(f" {x:.{digits}f} |" for x in row))
+
+
+def print_play(play: dict):
+    print("\n| player | score | 95 % |\n|---|---|---|")
+    for player, (mean, low, high) in play["score"].items():
+        print(f"| {player} | {mean:.0f} | {low:.0f} to {high:.0f} |")
+    for way, (mean, low, high) in play["minus_bc"].items():
+        print(f"| {way} - bc_{way} | {mean:+.0f} | {low:+.0f} to {high:+.0f} |")
 
 
 def main(folder: Path, results: Path):
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     seconds = {name: int(spent.split()[0]) for name, spent in seconds.items()}
-    found = {"seconds": seconds}
-    for name in ("packed", "sample"):
-        run = load_run(folder, name)
-        held = what_holds(name, run, seconds[name] / 60)
-        play = {key: value for key, value in run["play"].items() if key != "games"}
-        games = {player: [game["score"] for game in mine] for player, mine in run["play"]["games"].items()}
-        found[name] = {key: run[key] for key in ("metrics", "open_loop", "agent", "provenance")}
-        found[name] |= {"play": play | {"scores": games}, "holds": held}
-        print(f"\n**{name}**, {seconds[name] / 60:.1f} minutes of training\n\n| | | floor |\n|---|---|---|")
-        for what, (key, floor) in SHOWN.items():
-            beside = run["metrics"][f"eval/{floor}"] if floor else 0.5
-            print(f"| {what} | {run['metrics'][f'eval/{key}']:.3f} | {beside:.3f} |")
-        table = run["open_loop"]
-        print("\n| frames ahead |" + "".join(f" {h} |" for h in table["horizons"]))
-        print("|---|" + "---|" * len(table["horizons"]))
-        for way, row in table.items():
-            if isinstance(row, list) and way != "horizons":
-                digits = 3 if "mse" in way else 1
-                print(f"| {way.replace('_', ' ')} |" + "".join(f" {x:.{digits}f} |" for x in row))
-        print("\n| player | score | 95 % |\n|---|---|---|")
-        for player, (mean, low, high) in run["play"]["score"].items():
-            print(f"| {player} | {mean:.0f} | {low:.0f} to {high:.0f} |")
+    names = ["packed", "imagine", "sample", *(name for name in ABLATIONS if name in seconds)]
+    found = {name: load_run(folder, name) for name in names}
+    found["packed"]["holds"] = agent_holds(found["packed"], found["imagine"]["play"]["score"], seconds["packed"] / 60)
+    found["imagine"]["holds"] = imagine_holds(found["imagine"], seconds["imagine"] / 60)
+    found["sample"]["holds"] = beats_random(found["sample"]["play"]["score"])
+    for name in ("packed", "imagine", "sample"):
+        run = found[name]
+        print(f"\n**{name}**, {seconds[name] / 60:.1f} minutes of training\n")
+        if name != "imagine":
+            print_agent(run)
+        if "play" in run:
+            print_play(run["play"])
         print()
-        for bar, holds in held.items():
+        for bar, holds in run["holds"].items():
             print(f"{bar}: {'holds' if holds else 'MISSED'}")
+    print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
+    for name in names[1:2] + names[3:]:
+        dreams, minus = found[name]["dreams"], found[name]["play"]["minus_bc"]
+        cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in [dreams["gain"]]]
+        cells += [f"{dreams['kl']:.2f}"]
+        cells += [f"{mean:+.0f} ({low:+.0f} to {high:+.0f})" for mean, low, high in (minus[way] for way in WAYS)]
+        print(f"| {name} | {' | '.join(cells)} |")
+    if ROOT in results.resolve().parents:
+        picture = Image.open(found["packed"]["folder"] / "open_loop.png").convert("RGB").quantize(64)
+        picture.save(ROOT / "docs" / "agent_finetune_open_loop.png", optimize=True)
+    for run in found.values():
+        del run["folder"]
     results.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(results, found)
+    runs.write_json(results, {"seconds": seconds} | found)
     print(f"\nwritten: {results}")
 
 

@@ -182,7 +182,7 @@ def test_errors_name_the_file_and_the_mend(run, packed, tmp_path):
     fails("--save-every 0: expected 1 or more", save_every=0)
     fails("--agent-checkpoint .* is for --phase imagine", phase="agent", agent_checkpoint=f"{run['run_dir']}/agent.pt")
     fails("--imagine-checkpoint .* is for --phase eval", imagine_checkpoint=f"{run['run_dir']}/imagine.pt")
-    fails("no two windows of 204 frames", horizon=200)
+    fails("no two windows of 204 frames in the held-out episodes.*--horizon", horizon=200)
     fails("--gamma 1.5: expected 0 to 1", gamma=1.5)
     fails("nobody plays after --phase dynamics", phase="dynamics", env_id="retro:Airstriker-Genesis-v0")
     odd = write_packed(tmp_path / "odd", episodes=1, length=40, action_index="sideways")

@@ -584,6 +584,9 @@ def test_dreams_begin_where_the_game_goes_on():
         ({"rate_gain": 0.4}, "a gain is seen 0.40 times as often"),
         ({"rate_loss": 2.5}, "a loss is seen 2.50 times as often"),
         ({"rate_loss": 2.5, "events_loss": 9}, None),
+        ({"events_loss": 9, "events_gain": 9}, "too few rewards.*9 gains and 9 losses"),
+        ({"real_rate_gain": 40.0}, "does not tell a gain from other frames"),
+        ({"opposite": [(0, 0), (0, 0)]}, "has one action"),
         ({}, None),
     ],
 )
@@ -596,6 +599,7 @@ def test_gates(changes, words):
         "rate_gain": 1.9,
         "rate_loss": 0.6,
     }
+    found |= {"opposite": [(3, 0), (4, 0)], "real_rate_gain": 1.0, "real_rate_loss": 1.1}
     if words is None:
         a.check_dreams(found | changes)
     else:
