@@ -55,7 +55,7 @@ class Args:
     frame_size: int = 64
     """side of the square the frames are resized to, pixels; first and second door"""
 
-    frames: int = 20_000
+    frames: int = 60_000
     """first door: games are played until they have so many frames, the last to its end; held-out ones come on top"""
     heldout_episodes: int = 4
     """first door: games named heldout_0001 and so on, 0 or more"""
