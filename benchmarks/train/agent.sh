@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of docs/agent_finetune.md: pack 20,000 frames of Airstriker, train an agent, let it dream, play 40 games;
+# The figures of docs/agent_finetune.md: pack 60,000 frames of Airstriker, train an agent, let it dream, play 40 games;
 # the same without dreams from the committed sample alone. An hour on two cores that have nothing else to do, and ten
 # minutes for each row of the ablations.
 #
@@ -8,7 +8,7 @@
 #   FRAMES=1500 STEPS=20 GAMES=2 GATES=--no-gates RESULTS=build/try.json OUT=build/try benchmarks/train/agent.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/agent} FRAMES=${FRAMES:-20000} STEPS=${STEPS:-0} GAMES=${GAMES:-40}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-build/agent} FRAMES=${FRAMES:-60000} STEPS=${STEPS:-0} GAMES=${GAMES:-40}
 RESULTS=${RESULTS:-benchmarks/results/agent_finetune.json} GAME=retro:Airstriker-Genesis-v0 GATES=${GATES:---gates}
 export TQDM_DISABLE=1
 if [ $# = 0 ] && [ -e "$OUT" ]; then
