@@ -195,7 +195,8 @@ def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
     torch.manual_seed(1)
     dynamics, heads = make_networks(preset, device)
     n_context, settings = preset.lengths[0], a.Args()
-    batch = make_batch(preset, preset.batch_sizes[3], n_context, device)
+    B = preset.batch_sizes[3] // 4
+    batch = make_batch(preset, B, n_context, device)
     n_steps = min(4, preset.k_max)
 
     def cached(_):
@@ -205,10 +206,14 @@ def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
         dream_without_cache(dynamics, heads, heads.policy, batch, n_context, settings.horizon, n_steps, None)
 
     seconds = paired.run_in_turn({"without a cache": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
-    more = {"preset": args.preset, "device": name_of(device), "context": n_context, "horizon": settings.horizon}
-    frames = preset.batch_sizes[3] * settings.horizon
+    more = {"preset": args.preset, "device": name_of(device), "batch": [B, n_context, settings.horizon]}
     paired.report(
-        f"agent_dreams{name}", seconds, frames, "frames", [("agent_finetune.py", "without a cache", 8.0)], more
+        f"agent_dreams{name}",
+        seconds,
+        B * settings.horizon,
+        "frames",
+        [("agent_finetune.py", "without a cache", 8.0)],
+        more,
     )
 
 
