@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The figures of docs/agent_finetune.md: pack 60,000 frames of Airstriker, train an agent, let it dream, play 40 games;
-# the same without dreams from the committed sample alone. An hour on two cores that have nothing else to do, and ten
-# minutes for each row of the ablations.
+# The figures of docs/agent_finetune.md: pack 60,000 frames of Airstriker, train an agent, play 40 games, let it dream,
+# play again; the same without dreams from the committed sample alone. Two hours on two cores that have nothing else to
+# do, and twenty minutes for each row of the ablations.
 #
 #   benchmarks/train/agent.sh                        all steps; writes benchmarks/results/agent_finetune.json
-#   benchmarks/train/agent.sh ablations summary      some of: pack packed imagine sample ablations summary
+#   benchmarks/train/agent.sh ablations summary      some of: pack packed sample imagine ablations summary
 #   FRAMES=1500 STEPS=20 GAMES=2 GATES=--no-gates RESULTS=build/try.json OUT=build/try benchmarks/train/agent.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -43,18 +43,16 @@ imagine() { # name of the run, then flags
 
 train() { # name of the run, data
     agent "$1" "$2" --phase agent --tokenizer-steps "$STEPS" --dynamics-steps "$STEPS" --agent-steps "$STEPS"
+    agent "${1}_play" "$2" --phase eval --agent-checkpoint "$(checkpoint "$1" agent)" --env-id "$GAME" \
+        --play-episodes "$GAMES"
 }
 
-for part in ${*:-pack packed imagine sample ablations summary}; do
+for part in ${*:-pack packed sample imagine ablations summary}; do
     case $part in
         pack) step pack "$PYTHON" pack_episodes.py --env-id "$GAME" --output "$OUT/packed" --frames "$FRAMES" ;;
         packed) train packed "$OUT/packed" ;;
         imagine) imagine imagine ;;
-        sample)
-            train sample sample_packed
-            agent sample_play sample_packed --phase eval --agent-checkpoint "$(checkpoint sample agent)" --env-id "$GAME" \
-                --play-episodes "$GAMES"
-            ;;
+        sample) train sample sample_packed ;;
         ablations)
             imagine lambda --lam 0.8
             imagine horizon --horizon 8
@@ -62,6 +60,6 @@ for part in ${*:-pack packed imagine sample ablations summary}; do
             imagine noise --context-noise 0.25
             ;;
         summary) $PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS" ;;
-        *) echo "$part: expected pack, packed, imagine, sample, ablations or summary" >&2 && exit 1 ;;
+        *) echo "$part: expected pack, packed, sample, imagine, ablations or summary" >&2 && exit 1 ;;
     esac
 done

@@ -37,6 +37,8 @@ def load_run(folder: Path, name: str) -> dict:
     if len(paths) != 1:
         raise SystemExit(f"{folder}/runs holds {len(paths)} finished runs of {name}, expected those of agent.sh")
     run = json.loads(paths[0].read_text()) | {"folder": paths[0].parent}
+    ends = [path.stat().st_mtime for path in paths[0].parent.glob("*.pt")]
+    run["minutes"] = (max(ends) - paths[0].with_name("args.json").stat().st_mtime) / 60  # of training
     for what in ("provenance", "args"):
         run[what] = json.loads(paths[0].with_name(f"{what}.json").read_text())
     games = sorted((folder / "runs").glob(f"*__{name}_play__*/eval.json"))
@@ -48,8 +50,8 @@ def load_run(folder: Path, name: str) -> dict:
     return run | dreams | {"play": play | {"scores": scores}}
 
 
-def agent_holds(run: dict, score: dict, minutes: float) -> dict[str, bool]:
-    """The bars of the first three phases, by what they say. `score` of the games of this agent."""
+def agent_holds(run: dict) -> dict[str, bool]:
+    """The bars of the first three phases, by what they say."""
     metrics = {key.removeprefix("eval/"): value for key, value in run["metrics"].items()}
     table = run["open_loop"]
     at, held = {h: i for i, h in enumerate(table["horizons"])}, {}
@@ -65,21 +67,20 @@ def agent_holds(run: dict, score: dict, minutes: float) -> dict[str, bool]:
     changes = "changes above P(a | a is not the last)"
     held[changes] = metrics["change_accuracy_not_last"] > metrics["change_accuracy_markov"]
     held["AUC of gains above 0.9"] = metrics["reward_auc"] > 0.9
-    held["trained within 20 minutes"] = minutes <= 20
-    return held | beats_random(score, "bc_")
+    held["trained within 20 minutes"] = run["minutes"] <= 20
+    return held | beats_random(run["play"]["score"])
 
 
-def beats_random(score: dict, prefix: str = "") -> dict[str, bool]:
+def beats_random(score: dict) -> dict[str, bool]:
     return {
-        f"{word} actions beat random, intervals apart": score[prefix + way][1] > score["random"][2]
-        for way, word in WAYS.items()
+        f"{word} actions beat random, intervals apart": score[way][1] > score["random"][2] for way, word in WAYS.items()
     }
 
 
-def imagine_holds(run: dict, minutes: float) -> dict[str, bool]:
+def imagine_holds(run: dict) -> dict[str, bool]:
     """The bars of the imagination."""
     held = {"dreams pay more than those of the prior": run["dreams"]["gain"][1] > 0}
-    held |= {"KL below 1 nat": run["dreams"]["kl"] < 1, "within 10 minutes more": minutes <= 10}
+    held |= {"KL below 1 nat": run["dreams"]["kl"] < 1, "within 10 minutes more": run["minutes"] <= 10}
     for way, word in WAYS.items():
         low, before = run["play"]["minus_bc"][way][1], run["play"]["score"][f"bc_{way}"][0]
         held[f"{word} actions above -10 % of BC"] = low > -0.1 * before
@@ -112,14 +113,15 @@ def print_play(play: dict):
 def main(folder: Path, results: Path):
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     seconds = {name: int(spent.split()[0]) for name, spent in seconds.items()}
-    names = ["packed", "imagine", "sample", *(name for name in ABLATIONS if name in seconds)]
+    names = ["packed", "sample", *(name for name in ("imagine", *ABLATIONS) if name in seconds)]
     found = {name: load_run(folder, name) for name in names}
-    found["packed"]["holds"] = agent_holds(found["packed"], found["imagine"]["play"]["score"], seconds["packed"] / 60)
-    found["imagine"]["holds"] = imagine_holds(found["imagine"], seconds["imagine"] / 60)
+    found["packed"]["holds"] = agent_holds(found["packed"])
+    if "imagine" in found:
+        found["imagine"]["holds"] = imagine_holds(found["imagine"])
     found["sample"]["holds"] = beats_random(found["sample"]["play"]["score"])
-    for name in ("packed", "imagine", "sample"):
+    for name in names[:3]:
         run = found[name]
-        print(f"\n**{name}**, {seconds[name] / 60:.1f} minutes of training\n")
+        print(f"\n**{name}**, {run['minutes']:.1f} minutes of training\n")
         if name != "imagine":
             print_agent(run)
         if "play" in run:
@@ -127,8 +129,9 @@ def main(folder: Path, results: Path):
         print()
         for bar, holds in run["holds"].items():
             print(f"{bar}: {'holds' if holds else 'MISSED'}")
-    print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
-    for name in names[1:2] + names[3:]:
+    if names[2:]:
+        print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
+    for name in names[2:]:
         dreams, minus = found[name]["dreams"], found[name]["play"]["minus_bc"]
         cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in [dreams["gain"]]]
         cells += [f"{dreams['kl']:.2f}"]
