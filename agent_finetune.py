@@ -523,13 +523,16 @@ class Dynamics(nn.Module):
     def frame_before(self, z, signal, independent, cache: dict | None) -> torch.Tensor:
         """(B, T, N, D) of the latents of the frame before and their noise level; 0 where there is none. Attention could
         fetch them, but learns that long after it could have learnt what an action does to them."""
-        known = torch.ones_like(signal, dtype=torch.bool)
-        if independent is not None:
-            known &= ~independent[:, None]
         last_z, last_signal = (cache["z"], cache["signal"]) if cache else (torch.zeros_like(z[:, :1]), signal[:, :1])
         z, signal = torch.cat([last_z, z[:, :-1]], 1), torch.cat([last_signal, signal[:, :-1]], 1)
-        known[:, 0] &= bool(cache)
-        return torch.where(known[..., None, None], self.before_in(z) + self.before_signal(signal)[:, :, None], 0.0)
+        before = self.before_in(z) + self.before_signal(signal)[:, :, None]
+        if cache:
+            return before
+        known = torch.ones_like(signal, dtype=torch.bool)
+        known[:, 0] = False
+        if independent is not None:
+            known &= ~independent[:, None]
+        return torch.where(known[..., None, None], before, 0.0)
 
     def agent_parameters(self) -> list[nn.Parameter]:
         """What the dynamics' own losses never reach."""
