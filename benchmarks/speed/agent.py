@@ -36,6 +36,8 @@ class Args:
     """updates of each way in a round"""
     frames: int = 64
     """frames of play in a round"""
+    dreams: int = 16
+    """dreams side by side in a round"""
     rounds: int = 9
     """how often the ways take turns"""
 
@@ -195,8 +197,7 @@ def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
     torch.manual_seed(1)
     dynamics, heads = make_networks(preset, device)
     n_context, settings = preset.lengths[0], a.Args()
-    B = preset.batch_sizes[3] // 4
-    batch = make_batch(preset, B, n_context, device)
+    batch = make_batch(preset, args.dreams, n_context, device)
     n_steps = min(4, preset.k_max)
 
     def cached(_):
@@ -206,11 +207,11 @@ def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
         dream_without_cache(dynamics, heads, heads.policy, batch, n_context, settings.horizon, n_steps, None)
 
     seconds = paired.run_in_turn({"without a cache": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
-    more = {"preset": args.preset, "device": name_of(device), "batch": [B, n_context, settings.horizon]}
+    more = {"preset": args.preset, "device": name_of(device), "batch": [args.dreams, n_context, settings.horizon]}
     paired.report(
         f"agent_dreams{name}",
         seconds,
-        B * settings.horizon,
+        args.dreams * settings.horizon,
         "frames",
         [("agent_finetune.py", "without a cache", 8.0)],
         more,

@@ -18,7 +18,11 @@ RIVALS = {"decode": ("cv2", "ffmpeg"), "matching": ("cv2",)}
         ("matching", {"rounds": 1}, ["matching"]),
         ("train_step", {"rounds": 1, "steps": 1}, ["train_step_resnet18", "train_step_cnn"]),
         ("episodes", {"rounds": 1, "batches": 1}, ["episodes"]),
-        ("agent", {"rounds": 1, "updates": 1, "frames": 4}, ["agent_play", "agent_training"]),
+        (
+            "agent",
+            {"rounds": 1, "updates": 1, "frames": 4, "dreams": 1},
+            ["agent_dreams", "agent_play", "agent_training"],
+        ),
         pytest.param(
             "controls",
             {"rounds": 1, "batches": 1, "updates": 1, "steps": 2, "megabytes": 1},
