@@ -32,15 +32,15 @@ WAYS = {"greedy": "likeliest", "sampled": "drawn"}
 
 
 def load_run(folder: Path, name: str) -> dict:
-    """Evaluation, arguments and provenance of a run, and the games of the run that plays, if there is one."""
+    """Evaluation and provenance of a run, and the games of the run that plays, if there is one."""
     paths = sorted((folder / "runs").glob(f"*__{name}__*/eval.json"))
     if len(paths) != 1:
         raise SystemExit(f"{folder}/runs holds {len(paths)} finished runs of {name}, expected those of agent.sh")
     run = json.loads(paths[0].read_text()) | {"folder": paths[0].parent}
     ends = [path.stat().st_mtime for path in paths[0].parent.glob("*.pt")]
     run["minutes"] = (max(ends) - paths[0].with_name("args.json").stat().st_mtime) / 60  # of training
-    for what in ("provenance", "args"):
-        run[what] = json.loads(paths[0].with_name(f"{what}.json").read_text())
+    run["provenance"] = json.loads(paths[0].with_name("provenance.json").read_text())
+    run["provenance"]["command"] = [part.replace(str(folder), "build/agent") for part in run["provenance"]["command"]]
     games = sorted((folder / "runs").glob(f"*__{name}_play__*/eval.json"))
     if not games:
         return run
