@@ -1104,7 +1104,7 @@ def follow_recorded(
         return dream(dynamics, heads, None, some | held, n_context, min(8, args.horizon), args, generator)["z"][:, -1]
 
     actions = [(m, 0) for m in range(heads.n_movement)] + [(0, k + 1) for k in range(heads.n_keys)]
-    actions = actions[:32]
+    actions = actions[:32]  # of many, the first: each is compared with each
     ends = torch.stack([hold(*action, seed=0) for action in actions])  # (actions, W, N, Z)
     apart = (ends[:, None] - ends).square().mean((3, 4))  # (actions, actions, W)
     half = apart.shape[2] // 2  # the pair is chosen on one half, measured on the other
