@@ -22,6 +22,7 @@ from fnmatch import fnmatch
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from common.returns import death_events
 from common.sessions import EPISODES, RETURNS, Session, find_sessions, key_names, key_table, load_session, read_table
 from common.video import VideoReader, iter_frames, resize
 from packed_episodes.rows import check_rows, run_starts
-from retro_env.airstriker import MIX, make_player, read_mix, spread
+from retro_env.airstriker import MIX, find_ship, make_player, move_to_hits, read_mix, spread
 from retro_env.game import MOVEMENTS, make_game
 
 
@@ -73,6 +74,9 @@ class Args:
     """first door: reward for a point of the game's score"""
     life_penalty: float = -1.0
     """first door: reward for a life lost; the end of the game is one"""
+    life_lost_at: Literal["hit", "count"] = "hit"
+    """first door: hit: in Airstriker in the frame that shows the ship gone; count: where the game counts a life less,
+    up to 27 frames later. In other games it is the count"""
 
     min_key_rate: float = 0.01
     """second door: share of frames in which a key must be down to be a key of the packing; arrows make the movement"""
@@ -87,7 +91,7 @@ class Args:
 
 # Axes: N rows of an episode, A keys, S frame size. Row t: frame t, the action INTO it, the reward on arriving there.
 DOORS = {  # fields that belong to one door
-    "env_id": "frames heldout_episodes seed players max_steps sticky num_workers score_scale life_penalty".split(),
+    "env_id": "frames heldout_episodes seed players max_steps sticky num_workers score_scale life_penalty life_lost_at".split(),
     "sessions": ["min_key_rate", "max_gap"],
     "latents_dir": ["features_dir", "gold_scale", "death_penalty"],
 }
@@ -177,19 +181,29 @@ def to_square(screen: np.ndarray, size: int) -> np.ndarray:
     return resize(torch.from_numpy(screen).movedim(-1, 0)[None], size, size)[0].movedim(0, -1).numpy()
 
 
+def sees_hits(args: Args) -> bool:
+    return args.life_lost_at == "hit" and "Airstriker" in args.env_id
+
+
 def play(args: Args, name: str, player_name: str, seed: int) -> tuple[str, dict, dict]:
     """A game from beginning to end: name, rows, facts. What a row has as action is what the game really did."""
     player = make_player(player_name)
     with closing(make_game(args.env_id, sticky=args.sticky, max_steps=args.max_steps or None)) as game:
         screen, info = game.reset(seed=seed)
         player.reset(seed)
-        frames, actions, rewards, over, terminated = [to_square(screen, args.frame_size)], [0], [0.0], False, False
+        frames, actions, gains, lost = [to_square(screen, args.frame_size)], [0], [0.0], [False]
+        ship, over, terminated = [find_ship(screen) is not None], False, False
         while not over:
             screen, _, terminated, truncated, info = game.step(player.act(screen))
             frames.append(to_square(screen, args.frame_size))
             actions.append(info["action"])
-            rewards.append(args.score_scale * info["score_gain"] + args.life_penalty * info["life_lost"])
+            gains.append(info["score_gain"])
+            lost.append(info["life_lost"])
+            ship.append(find_ship(screen) is not None)
             over = terminated or truncated
+    if sees_hits(args):
+        lost = move_to_hits(np.array(lost), np.array(ship))
+    rewards = args.score_scale * np.array(gains) + args.life_penalty * np.array(lost)
     actions, cont = np.array(actions), np.ones(len(actions), np.uint8)
     cont[-1] = not terminated
     rows = make_rows(np.stack(frames), np.arange(len(actions)), actions // 2, actions[:, None] % 2, rewards, cont)
@@ -258,6 +272,7 @@ def open_game(args: Args) -> tuple[dict, Iterator, int, str]:
         fps, frame_skip = game.fps, game.frame_skip
     meta = {"fps": fps, "n_movement": len(MOVEMENTS), "movements": list(MOVEMENTS), "keys": ["B"]}
     meta["reward"] = {"score_scale": args.score_scale, "life_penalty": args.life_penalty}
+    meta["reward"]["life_lost_at"] = "hit" if sees_hits(args) else "count"
     meta["source"] = {"kind": "game", "env_id": args.env_id, "frame_skip": frame_skip, "sticky": args.sticky}
     meta["source"] |= {"max_steps": args.max_steps, "seed": args.seed, "players": shares}
 

@@ -55,13 +55,28 @@ def blobs(mask: np.ndarray, least: int) -> list[tuple[int, int, int, int]]:
     return [box for box, size in zip(boxes, sizes[1:], strict=True) if size >= least]
 
 
+def find_ship(frame: np.ndarray) -> int | None:
+    """The ship's left edge, None where there is no ship."""
+    light = (frame[SHIP_TOP : SHIP_TOP + SHIP_HEIGHT, :, 0] == 200).sum(axis=0)  # (W,) it has 154 such pixels, a star 4
+    inside = np.convolve(light, np.ones(SHIP_WIDTH, int), "valid")  # (W - 21,) in a window from x on
+    return int(inside.argmax()) if inside.max() > 100 else None
+
+
+def move_to_hits(lost: np.ndarray, ship: np.ndarray) -> np.ndarray:
+    """Rows (N,) bool in which the game takes a life -> those in which the ship was hit: the first without a `ship`
+    (N,) bool, up to 27 rows before, as "You died." comes first and the new ship may be there already."""
+    moved = np.zeros_like(lost)
+    for row in np.flatnonzero(lost):
+        gone = row - next((back for back in range(3) if not ship[row - back]), 0)
+        seen = np.flatnonzero(ship[:gone])
+        moved[seen[-1] + 1 if len(seen) and not ship[gone] else row] = True
+    return moved
+
+
 def see(frame: np.ndarray) -> tuple[int | None, list, list, list]:
     """What the screen shows: the ship's left edge, None without a ship, and boxes of enemies, rocks and green shots."""
+    ship, row = find_ship(frame), SHIP_TOP - STATUS_ROWS
     red_of, green_of, blue_of = (frame[STATUS_ROWS:, :, channel] for channel in range(3))  # the game has 12 colours
-    row = SHIP_TOP - STATUS_ROWS
-    light = (red_of[row : row + SHIP_HEIGHT] == 200).sum(axis=0)  # (W,) the ship has 154 such pixels, a star 4
-    inside = np.convolve(light, np.ones(SHIP_WIDTH, int), "valid")  # (W - 21,) in a window from x on
-    ship = int(inside.argmax()) if inside.max() > 100 else None
     red, grey = (red_of == 232) & (green_of == 0), (red_of == 136) & (blue_of == 136)
     if ship is not None:
         for mask in (red, grey):
