@@ -103,7 +103,9 @@ class Args:
     lr: float = 0.0
     """learning rate of AdamW, of what is new in a phase; 0 means the preset's"""
     trunk_lr_scale: float = 0.1
-    """times `lr` for the dynamics in the agent phase, for the policy in imagination; above 0"""
+    """times `lr` for the dynamics in the agent phase; above 0"""
+    policy_lr_scale: float = 0.3
+    """times `lr` for the policy in imagination; above 0"""
     trunk: Literal["finetune", "freeze"] = "finetune"
     """freeze: the agent phase trains the agent token and the heads only"""
     weight_decay: float = 0.01
@@ -172,6 +174,8 @@ class Args:
     or as it has dreamed"""
     play_seed: int = 1_000_000
     """the first of the seeds"""
+    baselines: bool = True
+    """random play, the recorded mix and the policy before its imagination play, too"""
     max_steps: int = 1000
     """steps until a game is cut off"""
     num_envs: int = 10
@@ -1444,9 +1448,11 @@ def check_args(args: Args, meta: dict):
     highest = 1 - 1 / k_max
     if args.agent_signal > highest:
         raise ValueError(f"--agent-signal {args.agent_signal}: no frame is above {highest:g}, no head would learn")
-    if args.trunk_lr_scale <= 0 or args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
-        found = f"--trunk-lr-scale {args.trunk_lr_scale:g} --sampling-steps {args.sampling_steps}"
-        raise ValueError(f"{found}: expected above 0, and 0 or a power of two")
+    if not min(args.trunk_lr_scale, args.policy_lr_scale) > 0:
+        found = f"--trunk-lr-scale {args.trunk_lr_scale:g} --policy-lr-scale {args.policy_lr_scale:g}"
+        raise ValueError(f"{found}: expected above 0")
+    if args.sampling_steps < 0 or args.sampling_steps & (args.sampling_steps - 1):
+        raise ValueError(f"--sampling-steps {args.sampling_steps}: expected 0 or a power of two")
     if args.phase == "eval" and not (args.agent_checkpoint or args.imagine_checkpoint):
         raise ValueError("--phase eval trains nothing. Name the agent: --agent-checkpoint runs/<run>/agent.pt")
     if args.imagine_checkpoint and args.phase != "eval":
@@ -1497,7 +1503,8 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
         trunk.recompute = args.activation_checkpointing
         for block in trunk.blocks if args.compile_model else ():
             block.compile()
-    groups = parameter_groups(new, modules, args.lr or preset.lr, args.trunk_lr_scale, args.weight_decay)
+    scale = args.policy_lr_scale if phase == "imagine" else args.trunk_lr_scale
+    groups = parameter_groups(new, modules, args.lr or preset.lr, scale, args.weight_decay)
     optimizers = make_optimizers(groups)
     dtype, scaled = amp_config(device, device.type == "cuda" and torch.cuda.is_bf16_supported())
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -1774,7 +1781,7 @@ def main(args: Args) -> dict:
     report(metrics, tables)
     runs.write_json(run_dir / "eval.json", {"metrics": metrics} | tables)
     if heads is not None and args.env_id:
-        policies = {"": heads.policy} if prior is None else {"": heads.policy, "bc_": prior}
+        policies = {"": heads.policy} | ({"bc_": prior} if prior is not None and args.baselines else {})
         agents = {
             f"{name}{way}": AgentPlayer(networks, policy, task, way == "sampled", device)
             for name, policy in policies.items()
@@ -1782,7 +1789,8 @@ def main(args: Args) -> dict:
         }
         seeds = list(range(args.play_seed, args.play_seed + args.play_episodes))
         try:
-            play = compare_players(args.env_id, meta, agents, seeds, args.num_envs, args.max_steps, run_dir)
+            limits = args.num_envs, args.max_steps
+            play = compare_players(args.env_id, meta, agents, seeds, *limits, run_dir, args.baselines)
         except (ValueError, OSError, ImportError, RuntimeError, gym.error.Error) as error:
             writer.close()
             agent = args.imagine_checkpoint or args.agent_checkpoint if not phases else run_dir / f"{phases[-1]}.pt"
@@ -1795,9 +1803,10 @@ def main(args: Args) -> dict:
         metrics |= {
             "eval/score": play["score"]["sampled"][0],
             "eval/score_greedy": play["score"]["greedy"][0],
-            "eval/score_random": play["score"]["random"][0],
         }
-        if prior is not None:
+        if args.baselines:
+            metrics["eval/score_random"] = play["score"]["random"][0]
+        if prior is not None and args.baselines:
             metrics |= {
                 "eval/score_bc": play["score"]["bc_sampled"][0],
                 "eval/score_bc_greedy": play["score"]["bc_greedy"][0],

@@ -67,7 +67,7 @@ def move_to_hits(lost: np.ndarray, ship: np.ndarray) -> np.ndarray:
     (N,) bool, up to 27 rows before, as "You died." comes first and the new ship may be there already."""
     moved = np.zeros_like(lost)
     for row in np.flatnonzero(lost):
-        gone = row - next((back for back in range(3) if not ship[row - back]), 0)
+        gone = row - next((back for back in range(min(3, row + 1)) if not ship[row - back]), 0)
         seen = np.flatnonzero(ship[:gone])
         moved[seen[-1] + 1 if len(seen) and not ship[gone] else row] = True
     return moved

@@ -103,16 +103,24 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def compare_players(
-    env_id: str, meta: dict, agents: dict, seeds: list[int], num_envs: int, max_steps: int, run_dir: Path
+    env_id: str,
+    meta: dict,
+    agents: dict,
+    seeds: list[int],
+    num_envs: int,
+    max_steps: int,
+    run_dir: Path,
+    baselines: bool = True,
 ) -> dict:
-    """Scores of the agents, of random play and of the recorded mix (meta.json's players), each on all `seeds`, with
-    95 % intervals, also of the differences to random play and, of an agent <way>, to an agent bc_<way>. The game is one
-    that `check_game` lets pass. Writes films of the first agent's best and median game: best.mp4 and median.mp4."""
+    """Scores of the agents and, as `baselines`, of random play and of the recorded mix (meta.json's players), each on
+    all `seeds`, with 95 % intervals, also of the differences to random play and, of an agent <way>, to an agent
+    bc_<way>. The game is one that `check_game` lets pass. Writes films of the first agent's best and median game:
+    best.mp4 and median.mp4."""
     source = meta.get("source") or {}
     envs = make_envs(env_id, min(num_envs, len(seeds)), max_steps, source.get("sticky", 0.05))
     try:
-        names = {"random": ["random"]}
-        if source.get("players"):
+        names = {"random": ["random"]} if baselines else {}
+        if baselines and source.get("players"):
             names["mix"] = list(islice(spread(source["players"]), len(seeds)))
         players = {way: Crowd([partial(make_player, name) for name in mine]) for way, mine in names.items()} | agents
         with TemporaryDirectory() as films:
@@ -124,11 +132,13 @@ def compare_players(
     finally:
         envs.close()
     scores = {name: np.array([game["score"] for game in games]) for name, (games, _) in played.items()}
+    with_bc = [name for name in agents if f"bc_{name}" in agents]
+    with_random = agents if baselines else []
     return {
         "env_id": env_id,
         "score": {name: interval(score) for name, score in scores.items()},
-        "minus_bc": {name: interval(scores[name] - scores[f"bc_{name}"]) for name in agents if f"bc_{name}" in agents},
-        "minus_random": {name: interval(score - scores["random"]) for name, score in scores.items() if name in agents},
+        "minus_bc": {name: interval(scores[name] - scores[f"bc_{name}"]) for name in with_bc},
+        "minus_random": {name: interval(scores[name] - scores["random"]) for name in with_random},
         "decisions_per_second": {name: played[name][1] for name in agents},
         "games": {name: games for name, (games, _) in played.items()},
     }

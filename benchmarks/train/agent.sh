@@ -32,13 +32,13 @@ agent() { # name of the run, data, then flags
 
 checkpoint() { echo "$OUT"/runs/*__"$1"__*/"$2".pt; } # of a run
 
-imagine() { # name of the run, then flags
-    local name=$1
-    shift
+imagine() { # name of the run, --baselines or --no-baselines (those of `imagine` play the same seeds), then flags
+    local name=$1 baselines=$2
+    shift 2
     agent "$name" "$OUT/packed" --phase imagine --agent-checkpoint "$(checkpoint packed agent)" --imagine-steps "$STEPS" \
         "$GATES" "$@"
     agent "${name}_play" "$OUT/packed" --phase eval --imagine-checkpoint "$(checkpoint "$name" imagine)" --env-id "$GAME" \
-        --play-episodes "$GAMES"
+        --play-episodes "$GAMES" "$baselines"
 }
 
 train() { # name of the run, data
@@ -51,13 +51,13 @@ for part in ${*:-pack packed sample imagine ablations summary}; do
     case $part in
         pack) step pack "$PYTHON" pack_episodes.py --env-id "$GAME" --output "$OUT/packed" --frames "$FRAMES" ;;
         packed) train packed "$OUT/packed" ;;
-        imagine) imagine imagine ;;
+        imagine) imagine imagine --baselines ;;
         sample) train sample sample_packed ;;
         ablations)
-            imagine lambda --lam 0.8
-            imagine horizon --horizon 8
-            imagine beta --beta 1.0
-            imagine noise --context-noise 0.25
+            imagine lambda --no-baselines --lam 0.8
+            imagine horizon --no-baselines --horizon 8
+            imagine beta --no-baselines --beta 1.0
+            imagine noise --no-baselines --context-noise 0.25
             ;;
         summary) $PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS" ;;
         *) echo "$part: expected pack, packed, sample, imagine, ablations or summary" >&2 && exit 1 ;;

@@ -12,12 +12,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common import runs  # noqa: E402
+from retro_env.play import interval  # noqa: E402
 
 SHOWN = {  # what is shown beside its floor
     "foreground of encoded frames, dB": ("psnr_foreground", "psnr_foreground_mean_frame"),
@@ -88,6 +90,12 @@ def imagine_holds(run: dict) -> dict[str, bool]:
     return held
 
 
+def add_differences(play: dict, scores: dict):
+    """What is missing in `play` of an ablation: its differences to the policy before, in `scores` on the same seeds."""
+    for way in WAYS:
+        play["minus_bc"][way] = interval(np.array(play["scores"][way]) - scores[f"bc_{way}"])
+
+
 def print_agent(run: dict):
     print("| | | floor |\n|---|---|---|")
     for what, (key, floor) in SHOWN.items():
@@ -132,6 +140,8 @@ def main(folder: Path, results: Path):
     if names[2:]:
         print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
     for name in names[2:]:
+        if name in ABLATIONS:
+            add_differences(found[name]["play"], found["imagine"]["play"]["scores"])
         dreams, minus = found[name]["dreams"], found[name]["play"]["minus_bc"]
         cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in [dreams["gain"]]]
         cells += [f"{dreams['kl']:.2f}"]
