@@ -91,7 +91,8 @@ class Args:
 
 # Axes: N rows of an episode, A keys, S frame size. Row t: frame t, the action INTO it, the reward on arriving there.
 DOORS = {  # fields that belong to one door
-    "env_id": "frames heldout_episodes seed players max_steps sticky num_workers score_scale life_penalty life_lost_at".split(),
+    "env_id": "frames heldout_episodes seed players max_steps sticky num_workers".split()
+    + ["score_scale", "life_penalty", "life_lost_at"],
     "sessions": ["min_key_rate", "max_gap"],
     "latents_dir": ["features_dir", "gold_scale", "death_penalty"],
 }

@@ -18,7 +18,7 @@ from gymnasium.utils.env_checker import check_env
 
 import pack_episodes
 from pack_episodes import Args, main
-from retro_env.airstriker import make_player, see
+from retro_env.airstriker import make_player, move_to_hits, see
 from retro_env.game import RetroGame, make_game
 from retro_env.play import Crowd, check_game, compare_players
 
@@ -102,6 +102,9 @@ def test_four_lives_are_lost_and_the_last_ends_the_game(make):
     assert [lives[t + 1] - lives[t] for t in np.flatnonzero(lost)] == [-1, -1, -1, 0]
     assert played.infos[-1]["score"] == sum(info["score_gain"] for info in played.infos)
     assert see(played.frames[-1])[0] is None
+    ship = np.array([see(frame)[0] is not None for frame in played.frames])
+    late = np.flatnonzero([False, *lost]) - np.flatnonzero(move_to_hits(np.array([False, *lost]), ship))
+    assert all(25 < steps < 30 for steps in late[:-1]) and late[-1] in (3, 4)
 
 
 def test_the_shooter_beats_random_play(make):
@@ -148,8 +151,10 @@ def test_a_packing_holds_the_games_that_were_played(tmp_path):
         done = np.array([info["action"] for info in played.infos])
         assert len(rows["frames"]) == len(done) == facts["frames"] and rows["cont"].all()
         assert (2 * rows["movement"] + rows["keys"][:, 0])[1:].tolist() == done[1:].tolist()
-        gains = [0.01 * info["score_gain"] - info.get("life_lost", False) for info in played.infos]
-        np.testing.assert_allclose(rows["reward"], gains, rtol=1e-6)
+        gains = [0.01 * info["score_gain"] for info in played.infos]
+        lost = np.array([info.get("life_lost", False) for info in played.infos])
+        hit = move_to_hits(lost, np.array([see(frame)[0] is not None for frame in played.frames]))
+        np.testing.assert_allclose(rows["reward"], gains - hit, rtol=1e-6)
         small = [pack_episodes.to_square(frame, 64) for frame in played.frames]
         assert np.array_equal(rows["frames"], small)
 

@@ -467,6 +467,21 @@ def screen(ship=None, enemies=(), rocks=(), shots=()) -> np.ndarray:
     return picture
 
 
+@pytest.mark.parametrize(
+    "lost, ship, moved",
+    [
+        ("0000001000", "1100000111", [2]),  # hit in row 2, counted as the next ship appears
+        ("0000001000", "1100000011", [2]),  # as it has not appeared yet
+        ("0000010001", "1110000110", [3, 9]),  # two lives, the last ends the game
+        ("0001", "1111", [3]),  # nobody saw the ship go
+        ("1000", "0000", [0]),  # nor was there ever one
+    ],
+)
+def test_a_life_is_lost_where_the_ship_is_hit(lost, ship, moved):
+    lost, ship = (np.array([c == "1" for c in row]) for row in (lost, ship))
+    assert np.flatnonzero(airstriker.move_to_hits(lost, ship)).tolist() == moved
+
+
 def test_the_shooter_sees_what_is_there():
     ship, enemies, rocks, shots = airstriker.see(screen(100, [(40, 50)], [(60, 200)], [(120, 55)]))
     assert ship == 100 and [box[0] for box in enemies] == [40] and rocks == [(60, 200, 70, 210)]
