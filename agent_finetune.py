@@ -332,13 +332,33 @@ def rope(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tens
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
+def remember(past: list, k: torch.Tensor, v: torch.Tensor, first: int, context: int) -> list[torch.Tensor]:
+    """Write keys and values (rows, heads, T, H) of the frames first, first + 1, ... into `past`, those of the last
+    `context` frames (rows, heads, context, H): frame t into place t % context, which held one that is too far to be
+    seen. Returns what the T frames may look at, in the order of time where T is above 1."""
+    T = k.shape[2]
+    if not past:
+        past += [new.new_empty(*new.shape[:2], context, new.shape[3]) for new in (k, v)]
+    if T == 1:
+        for kept, new in zip(past, (k, v), strict=True):
+            kept[:, :, first % context] = new[:, :, 0]
+        return [kept[:, :, : first + 1] for kept in past]
+    before = torch.arange(max(0, first - context + 1), first, device=k.device) % context
+    seen = [torch.cat([kept[:, :, before], new], 2) for kept, new in zip(past, (k, v), strict=True)]
+    places = torch.arange(first, first + T, device=k.device)[-context:] % context
+    for kept, new in zip(past, (k, v), strict=True):
+        kept[:, :, places] = new[:, :, -context:]
+    return seen
+
+
 class Block(nn.Module):
     """Attention over the slots of a frame, or of each slot over its own past, then a SwiGLU; norms before them, and on
     queries and keys. `kv_heads` heads of keys and values serve `heads` of queries (grouped-query attention)."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, over_time: bool):
+    def __init__(self, dim: int, heads: int, kv_heads: int, over_time: bool, context: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.over_time = heads, kv_heads, dim // heads, over_time
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.over_time, self.context = over_time, context
         self.norm, self.ff_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
@@ -346,10 +366,9 @@ class Block(nn.Module):
         hidden = 64 * math.ceil(dim * 8 / 3 / 64)
         self.ff_in, self.ff_out = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x, mask, turn=None, past=None):
+    def forward(self, x, mask, turn=None, past: list | None = None, first: int = 0):
         """x (B, T, S, D); mask (S, S), or over time (T, K), (B, T, K), None for all; True may be seen. Over time `turn`
-        is the frames' rotation, `past` keys and values (B * S, heads, K - T, H) of frames before them. Returns x, keys
-        and values."""
+        is the frames' rotation, `past` what `remember` keeps of the frames before the `first`. Returns (B, T, S, D)."""
         B, T, S, D = x.shape
         y = self.norm(x)
         y = y.transpose(1, 2).reshape(B * S, T, D) if self.over_time else y.reshape(B * T, S, D)
@@ -359,10 +378,9 @@ class Block(nn.Module):
         if self.over_time:
             q, k = rope(q, turn), rope(k, turn)
             if past is not None:
-                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+                k, v = remember(past, k, v, first, self.context)
             if mask is not None and mask.dim() == 3:
                 mask = mask[:, None].expand(B, S, *mask.shape[1:]).reshape(B * S, 1, *mask.shape[1:])
-        seen = k, v
         if x.is_cuda and self.heads != self.kv_heads:  # fused kernels that take a mask take no groups
             k, v = (a.repeat_interleave(self.heads // self.kv_heads, 1) for a in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != self.heads)
@@ -370,7 +388,7 @@ class Block(nn.Module):
         y = y.reshape(B, S, T, D).transpose(1, 2) if self.over_time else y.reshape(B, T, S, D)
         x = x + y
         gate, value = self.ff_in(self.ff_norm(x)).chunk(2, -1)
-        return x + self.ff_out(F.silu(gate) * value), seen
+        return x + self.ff_out(F.silu(gate) * value)
 
 
 class Trunk(nn.Module):
@@ -380,7 +398,7 @@ class Trunk(nn.Module):
     def __init__(self, dim, layers, heads, kv_heads, time_every, context, allowed: torch.Tensor):
         super().__init__()
         over_time = [time_every > 0 and i % time_every == time_every - 1 for i in range(layers)]
-        self.blocks = nn.ModuleList(Block(dim, heads, kv_heads, time) for time in over_time)
+        self.blocks = nn.ModuleList(Block(dim, heads, kv_heads, time, context) for time in over_time)
         self.norm, self.context, self.head_dim, self.recompute = nn.RMSNorm(dim), context, dim // heads, False
         self.register_buffer("allowed", allowed, persistent=False)
 
@@ -394,20 +412,18 @@ class Trunk(nn.Module):
         return mask if independent is None else torch.where(independent[:, None, None], age == 0, mask)
 
     def forward(self, x, independent=None, cache: dict | None = None):
-        """`cache` of the frames before, {} for none, None where none is wanted. Returns x and the new cache."""
-        first, past = (cache or {}).get("first", 0), (cache or {}).get("past", [None] * len(self.blocks))
-        known = next((p[0].shape[2] for p in past if p is not None), 0)
-        mask, new = self.time_mask(x.shape[1], known, independent), []
+        """`cache` of the frames before, {} for none, None where none is wanted. Returns x and the new cache, which
+        shares its memory with the one given: that one can only be given again for the same frame."""
+        first = cache["first"] if cache else 0
+        past = cache["past"] if cache else [None if cache is None else [] for _ in self.blocks]
+        known = min(first, self.context - 1)
+        mask = self.time_mask(x.shape[1], known, independent)
         turn = rotation(first, x.shape[1], self.head_dim, x.device)
         for block, before in zip(self.blocks, past, strict=True):
-            args = (x, mask if block.over_time else self.allowed, turn, before)
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x, seen = recompute(block, *args, use_reentrant=False)
-            else:
-                x, seen = block(*args)
-            keep = block.over_time and cache is not None
-            new.append(tuple(a[:, :, -(self.context - 1) :] for a in seen) if keep and self.context > 1 else None)
-        return self.norm(x), None if cache is None else {"first": first + x.shape[1], "past": new}
+            args = (x, mask if block.over_time else self.allowed, turn, before, first)
+            recomputed = self.recompute and self.training and torch.is_grad_enabled()
+            x = recompute(block, *args, use_reentrant=False) if recomputed else block(*args)
+        return self.norm(x), None if cache is None else {"first": first + x.shape[1], "past": past}
 
 
 class Tokenizer(nn.Module):
@@ -833,7 +849,8 @@ def look(dynamics: Dynamics, z: torch.Tensor, actions: dict, cache: dict, genera
 
 
 def predict_frame(dynamics: Dynamics, actions: dict, cache: dict, n_steps: int, shape: tuple, generator=None):
-    """z (B, 1, N, Z) of the next frame, `n_steps` Euler steps away from noise; actions of one row. The cache stays."""
+    """z (B, 1, N, Z) of the next frame, `n_steps` Euler steps away from noise; actions of one row. `look` at it next, with the
+    same cache."""
     z = draw_noise(shape, generator, actions["movement"].device)
     step = torch.full(shape[:2], (dynamics.k_max // n_steps).bit_length() - 1, device=z.device)
     for i in range(n_steps):
@@ -1149,13 +1166,13 @@ def evaluate_imagination(
 ) -> tuple[dict, dict, dict | None]:
     """Dreams of the tuned policy and of the one before, from the same held-out contexts and noise: metrics, a table,
     and films (4, T, 3, H, W) of some of them."""
-    windows = spread_windows(held, n_context, 256)
+    windows = spread_windows(held, n_context, 512)
     windows = windows[held.cont.numpy()[windows[:, 0] + n_context - 1] > 0]  # the game goes on
     _, block = np.unique(windows[:, 0] // BLOCK, return_inverse=True)
     batch = gather(held, windows, n_context, 0, device)
     batch["task"] = torch.full_like(batch["task"], task)
     made = {"agent": [], "prior": []}
-    for seed in range(2):
+    for seed in range(4):
         for name, policy in (("agent", heads.policy), ("prior", prior)):
             generator = torch.Generator().manual_seed(seed)
             made[name].append(dream(dynamics, heads, policy, batch, n_context, args.horizon, args, generator))

@@ -282,7 +282,7 @@ def test_a_cache_gives_what_the_whole_window_gives(dynamics, parts):
         first += length
     assert torch.allclose(torch.cat([o[0] for o in out], 1), z, atol=1e-5)
     assert torch.allclose(torch.cat([o[1] for o in out], 1), h, atol=1e-5)
-    assert all(seen is None or seen[0].shape[2] == 3 for seen in cache["past"])
+    assert all(not seen or seen[0].shape[2] == 4 for seen in cache["past"])
 
 
 def test_activations_are_really_computed_again(dynamics):
