@@ -134,6 +134,8 @@ class Args:
     """share of the dynamics phase after which that begins; 0..1"""
     independent_frame_ratio: float = 0.3
     """chance that a window's frames are unrelated images to the dynamics, which teaches it first frames; 0..1"""
+    ramp: float = 0.3
+    """how much less the dynamics learns from pure noise than from clean frames, 0..1; the paper has 0.9"""
     long_every: int = 10
     """every so many updates take long windows; 0 means never"""
 
@@ -515,7 +517,7 @@ class Dynamics(nn.Module):
         S = self.n_tokens + registers + 3
         is_agent = torch.arange(S) == S - 1
         self.z_in, self.z_out = nn.Linear(token_dim, dim), nn.Linear(dim, token_dim)
-        self.before_in, self.before_signal = nn.Linear(token_dim, dim), nn.Embedding(k_max, dim)
+        self.before_in, self.before_signal = nn.Linear(3 * token_dim, dim), nn.Embedding(k_max, dim)
         self.slots = nn.Parameter(0.02 * torch.randn(S - 1, dim))  # registers, an action that is not known: this alone
         self.movement, self.keys = nn.Embedding(n_movement, dim), nn.Embedding(max(1, n_keys), dim)
         self.signal, self.step = nn.Embedding(k_max, dim // 2), nn.Embedding(k_max.bit_length(), dim - dim // 2)
@@ -541,11 +543,13 @@ class Dynamics(nn.Module):
         return self.z_out(x[:, :, : self.n_tokens]), x[:, :, -1], cache
 
     def frame_before(self, z, signal, independent, cache: dict | None) -> torch.Tensor:
-        """(B, T, N, D) of the latents of the frame before and their noise level; 0 where there is none. Attention could
-        fetch them, but learns that long after it could have learnt what an action does to them."""
+        """(B, T, N, D) of what a token and the two beside it were in the frame before, and of the noise level; 0 where
+        there is none. Attention could fetch that, but learns it long after it could have learnt what an action does."""
         last_z, last_signal = (cache["z"], cache["signal"]) if cache else (torch.zeros_like(z[:, :1]), signal[:, :1])
         z, signal = torch.cat([last_z, z[:, :-1]], 1), torch.cat([last_signal, signal[:, :-1]], 1)
-        before = self.before_in(z) + self.before_signal(signal)[:, :, None]
+        beside = F.pad(z, (0, 0, 1, 1))  # (B, T, N + 2, Z)
+        before = self.before_in(torch.cat([beside[:, :, :-2], z, beside[:, :, 2:]], -1))
+        before = before + self.before_signal(signal)[:, :, None]
         if cache:
             return before
         known = torch.ones_like(signal, dtype=torch.bool)
@@ -714,15 +718,15 @@ def bootstrap_target(forward, z_noisy, signal, step, k_max: int) -> torch.Tensor
     return z_noisy + (1 - tau) * (velocity + later) / 2
 
 
-def shortcut_losses(z_pred, z, target, signal, step, counts, k_max: int) -> dict[str, torch.Tensor]:
+def shortcut_losses(z_pred, z, target, signal, step, counts, k_max: int, ramp: float = 0.9) -> dict[str, torch.Tensor]:
     """Scalar `dynamics` (Eq. 7): frames of the smallest steps should be z, those of larger ones `target`, all of them
-    (B, T, N, Z); frames near the noise count less (ramp, Eq. 8). `counts` (B, T) bool, the frames that learn. `flow`
-    and `bootstrap` are the two kinds by themselves, to look at.
+    (B, T, N, Z); frames near the noise count less, pure noise 1 - `ramp` (Eq. 8). `counts` (B, T) bool, the frames that
+    learn. `flow` and `bootstrap` are the two kinds by themselves, to look at.
 
     One sum: normalised apart, the second takes over, as it is 0 for a network that always says the same."""
-    ramp = (0.9 * signal / k_max + 0.1) * counts
+    weight = (ramp * signal / k_max + 1 - ramp) * counts
     goal = torch.where((step == 0)[..., None, None], z, target)
-    error = ramp * (z_pred.float() - goal).square().mean((2, 3))
+    error = weight * (z_pred.float() - goal).square().mean((2, 3))
     small = step == 0
     return {
         "dynamics": error.sum() / counts.sum().clamp(min=1),
@@ -849,8 +853,8 @@ def look(dynamics: Dynamics, z: torch.Tensor, actions: dict, cache: dict, genera
 
 
 def predict_frame(dynamics: Dynamics, actions: dict, cache: dict, n_steps: int, shape: tuple, generator=None):
-    """z (B, 1, N, Z) of the next frame, `n_steps` Euler steps away from noise; actions of one row. `look` at it next, with the
-    same cache."""
+    """z (B, 1, N, Z) of the next frame, `n_steps` Euler steps away from noise; actions of one row. `look` at it next,
+    with the same cache."""
     z = draw_noise(shape, generator, actions["movement"].device)
     step = torch.full(shape[:2], (dynamics.k_max // n_steps).bit_length() - 1, device=z.device)
     for i in range(n_steps):
@@ -1243,7 +1247,7 @@ def world_terms(
         with torch.no_grad():
             x = bootstrap_target(teacher, z_noisy[rows], signal[rows], step[rows], k_max)
         target = z.index_copy(0, rows, x)
-    terms = shortcut_losses(z_pred, z, target, signal, step, inside & uniform[:, None], k_max)
+    terms = shortcut_losses(z_pred, z, target, signal, step, inside & uniform[:, None], k_max, args.ramp)
     if heads is not None:
         reads = inside & ~independent[:, None] & (signal >= args.agent_signal * k_max)
         imitates = reads if uniform.all() else reads & ~uniform[:, None]
@@ -1446,7 +1450,7 @@ def load_given(args: Args, meta: dict, device) -> tuple[dict[str, nn.Module], li
 def check_args(args: Args, meta: dict):
     """Raise ValueError for values that cannot be meant."""
     shares = ("mask_ratio", "bootstrap_ratio", "bootstrap_from", "independent_frame_ratio", "agent_signal")
-    shares += ("gamma", "lam", "alpha", "context_noise")
+    shares += ("gamma", "lam", "alpha", "context_noise", "ramp")
     wrong = [name for name in shares if not 0 <= getattr(args, name) <= 1]
     if wrong:
         raise ValueError(f"--{wrong[0].replace('_', '-')} {getattr(args, wrong[0])}: expected 0 to 1")

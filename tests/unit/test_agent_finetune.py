@@ -269,6 +269,16 @@ def test_independent_frames_see_themselves_only(dynamics):
         assert gradient[1, 4].any() and not gradient[1, [0, 1, 2, 3, 5, 6]].any()
 
 
+def test_a_token_is_told_what_it_and_its_neighbours_were_in_the_frame_before():
+    dynamics = a.Dynamics((4, 3), True, 9, 1, 1, 16, 2, 2, 1, 1, 2, 8, 4)
+    z, signal = torch.randn(1, 3, 4, 3, requires_grad=True), torch.zeros(1, 3, dtype=torch.long)
+    told = dynamics.frame_before(z, signal, None, None)
+    assert not told[:, 0].any()
+    for token, seen in enumerate(([0, 1], [0, 1, 2], [1, 2, 3], [2, 3])):
+        (gradient,) = torch.autograd.grad(told[0, 2, token].sum(), z, retain_graph=True)
+        assert gradient[0].any(-1).nonzero().tolist() == [[1, other] for other in seen]
+
+
 @pytest.mark.parametrize("parts", [[1] * 11, [4, 7], [3, 1, 1, 6]])
 def test_a_cache_gives_what_the_whole_window_gives(dynamics, parts):
     x = inputs(T=11)  # beyond the context of 4, as deep as two layers see
@@ -362,6 +372,19 @@ def test_levels_lie_on_the_grid_that_sampling_walks_along():
     assert not step[:1000].any() and set(step[1000:].unique().tolist()) == {1, 2, 3}
     assert (signal % (1 << step) == 0).all() and (signal + (1 << step) <= 8).all()
     assert set(signal[:1000].unique().tolist()) == set(range(8))
+
+
+@pytest.mark.parametrize("ramp, weights", [(0.9, [0.1, 0.55, 0.8875]), (0.0, [1, 1, 1])])
+def test_frames_near_the_noise_count_less(ramp, weights):
+    z, step, everything = (
+        torch.zeros(1, 1, 2, 4),
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.ones(1, 1, dtype=torch.bool),
+    )
+    for signal, weight in zip((0, 4, 7), weights, strict=True):
+        signal = torch.full((1, 1), signal)
+        losses = a.shortcut_losses(z + 1, z, z, signal, step, everything, 8, ramp)
+        assert losses["dynamics"].item() == pytest.approx(weight)
 
 
 def test_an_oracle_loses_nothing_and_is_sampled_exactly():
