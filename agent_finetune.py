@@ -283,11 +283,14 @@ class WindowSampler:
         return np.r_[chosen, relevant], np.arange(n) < n_uniform
 
 
-def choose_contexts(rows: Rows, length: int) -> np.ndarray:
-    """(W, 2) of those windows the whole ones after whose `length` rows the game goes on: where a dream may begin."""
+def choose_contexts(rows: Rows, length: int, task: int) -> np.ndarray:
+    """(W, 2) of those windows the whole ones after whose `length` rows the game goes on: where a dream may begin. Of
+    the player `task` alone, whom the agent has only seen in games of that player, if there are any."""
     windows, _ = choose_windows(rows, length)
     last = windows[:, 0] + length - 1
-    return windows[(last < windows[:, 1]) & (rows.cont.numpy()[np.minimum(last, windows[:, 1] - 1)] > 0)]
+    windows = windows[(last < windows[:, 1]) & (rows.cont.numpy()[np.minimum(last, windows[:, 1] - 1)] > 0)]
+    own = windows[rows.task.numpy()[windows[:, 0]] == task]
+    return own if len(own) else windows
 
 
 def draw_clips(windows: np.ndarray, length: int, clip: int) -> np.ndarray:
@@ -1533,7 +1536,7 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
     T, T_long = preset.lengths
     windows, relevant = choose_windows(rows, T)
     if phase == "imagine":
-        windows, relevant = choose_contexts(rows, T), np.zeros(0, bool)
+        windows, relevant = choose_contexts(rows, T, task), np.zeros(0, bool)
     mixture = np.flatnonzero(relevant) if phase == "agent" and args.reward_mixture else np.zeros(0, np.int64)
     sampler = WindowSampler(len(windows), mixture, args.seed + PHASES.index(phase))
     step, frames_seen, skipped = 0, 0, 0
@@ -1673,7 +1676,7 @@ def main(args: Args) -> dict:
             mend = "Hold longer ones out: --heldout, or lower --horizon"
             check_windows(held, n_context + args.horizon, f"the held-out episodes. {mend}")
         if args.phase in ("imagine", "all"):
-            if not len(choose_contexts(rows, n_context)):
+            if not len(choose_contexts(rows, n_context, task)):
                 raise ValueError(f"{data_dir}: no run of more than {n_context} frames to dream from. Pack longer ones")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(str(error)) from None

@@ -596,8 +596,11 @@ def test_a_dream_that_may_have_ended_counts_less():
 def test_dreams_begin_where_the_game_goes_on():
     rows = some_rows([(0, 20), (20, 24), (24, 40)], [])
     rows.cont[[19, 23, 39]] = 0
-    contexts = a.choose_contexts(rows, 8)
+    contexts = a.choose_contexts(rows, 8, task=0)
     assert contexts[:, 0].tolist() == [0, 4, 8, 24, 28]  # not those whose eighth row is 19 or 39; one run is too short
+    rows.task[24:] = 1
+    begins = {task: a.choose_contexts(rows, 8, task)[:, 0].tolist() for task in range(3)}
+    assert begins == {0: [0, 4, 8], 1: [24, 28], 2: [0, 4, 8, 24, 28]}  # nobody played as the third
 
 
 @pytest.mark.parametrize(
