@@ -1100,7 +1100,8 @@ def follow_recorded(
 ) -> dict[str, float]:
     """What dreams are worth, on windows of the rows. With the recorded actions: how well their rewards tell what came,
     and how often they fire beside the real frames, at what fires as often as the events come there. With two actions
-    held, the two that part the most: how far dreams part, beside those of two noise seeds."""
+    held, the two that part the most: how far dreams part, beside those of two noise seeds; `held` is how far movement m
+    and key k (0: none) part them from the first."""
     dynamics.eval(), heads.eval()
     batch = gather(rows, spread_windows(rows, n_context + args.horizon, 256), n_context + args.horizon, 0, device)
     z, known = batch["z"], {name: batch[name] for name in ACTION} | {"task": batch["task"]}
@@ -1137,6 +1138,7 @@ def follow_recorded(
     apart = (ends[:, None] - ends).square().mean((3, 4))  # (actions, actions, W)
     half = apart.shape[2] // 2  # the pair is chosen on one half, measured on the other
     first, second = divmod(int(apart[..., :half].mean(2).argmax()), len(actions))
+    found["held"] = [[*action, float(distance)] for action, distance in zip(actions, apart[0].mean(1), strict=True)]
     noise = [(ends[i] - hold(*actions[i], seed=1)).square().mean((1, 2)) for i in (first, second)]
     found |= {"actions_apart": float(apart[first, second, half:].mean()), "opposite": [actions[first], actions[second]]}
     return found | {"seeds_apart": float(torch.stack(noise)[:, half:].mean())}
