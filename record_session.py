@@ -104,8 +104,9 @@ class Play:
         position = self.game.position()
         self.start_ns = self.start_ns or now_ns
         won = self.game.count("win") > 0
-        # sent in the frame's own millisecond, a key would be taken for one that was held before
-        time.sleep(max(0.0, 0.001 - (time.monotonic_ns() - now_ns) / 1e9))
+        # written down in the frame's own millisecond, a key would be taken for one that was held before; the X server
+        # tells its time in whole ones, so that up to one more is lost
+        time.sleep(max(0.0, 0.003 - (time.monotonic_ns() - now_ns) / 1e9))
         keys = set() if won else self.player.due()
         if self.policy:
             self.advise(now_ns + 1_000_000, keys, writer)
