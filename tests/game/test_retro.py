@@ -207,3 +207,7 @@ def test_players_meet_on_the_same_seeds_and_the_best_and_the_median_game_are_fil
         with av.open(str(tmp_path / f"{name}.mp4")) as film:
             assert sum(1 for _ in film.decode(video=0)) == steps[score]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.mp4", "median.mp4"]
+
+    alone = compare_players(GAME, meta, {"greedy": agents["greedy"]}, [3, 4, 5], 2, 60, tmp_path, baselines=False)
+    assert alone["games"] == {"greedy": found["games"]["greedy"]}
+    assert alone["minus_bc"] == alone["minus_random"] == {}
