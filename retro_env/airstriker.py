@@ -14,7 +14,10 @@ from scipy.ndimage import find_objects, label
 
 STAY, LEFT, RIGHT = 0, 3, 4  # movements of retro_env.game.MOVEMENTS; up and down do nothing here
 N_ACTIONS = 18
-MIX = ("random=0.1", "sticky=0.1", "shooter:0=0.2", "shooter:0.3=0.25", "shooter:1=0.35")  # PLAYER=SHARE of the games
+MIX = (  # PLAYER=SHARE of the games
+    *("random=0.1", "sticky=0.1", "hesitant=0.2"),
+    *("shooter:0=0.1", "shooter:0.3=0.2", "shooter:1=0.3"),
+)
 STATUS_ROWS = 24  # lives and score
 SHIP_TOP, SHIP_HEIGHT, SHIP_WIDTH, SHIP_LEFT_MOST, SHIP_RIGHT_MOST, SHIP_SPEED = 182, 24, 22, 10, 285, 15
 SHOT_SPEEDS, ENEMY_SPEEDS = (3, 15), (2, 6)  # pixels a step downwards; the game slows down where much is to draw
@@ -175,23 +178,42 @@ class Shooter:
         return int(goals[np.argmin(danger + np.abs(goals - to) / 1000 + np.abs(goals - x) / 10000)])
 
 
+class Hesitant(Shooter):
+    """A shooter that holds its fire half of the time, 15 to 45 steps on end, whatever is above it. The others fire at
+    all that they see, and a model of their games learns that enemies explode, not that shots do it."""
+
+    def reset(self, seed: int):
+        super().reset(seed)
+        self.resting, self.left = False, int(self.rng.integers(15, 46))
+
+    def decide(self, ship: int | None, enemies: list, rocks: list, shots: list) -> tuple[int, bool]:
+        self.left -= 1
+        if self.left == 0:
+            self.resting, self.left = not self.resting, int(self.rng.integers(15, 46))
+        self.fired |= self.resting  # as if it had not let go yet
+        return super().decide(ship, enemies, rocks, shots)
+
+
 def hits(x: int, box: tuple) -> bool:
     """Whether the two bullets of a ship whose left edge is `x` hit an enemy; both fly straight up."""
     _, left, _, right = box
     return x + 7 > left and x + 3 < right or x + 19 > left and x + 15 < right
 
 
+PLAYERS = {"random": RandomPlayer, "sticky": StickyPlayer, "hesitant": Hesitant, "shooter": Shooter}
+
+
 def make_player(name: str):
-    """`random`, `sticky`, `shooter` or `shooter:SKILL`, SKILL 0 to 1. Raises ValueError for another name."""
+    """`random`, `sticky`, `hesitant`, `shooter` or `shooter:SKILL`, SKILL 0 to 1. Raises ValueError for another name."""
     kind, _, skill = name.partition(":")
     if kind == "shooter":
         try:
             return Shooter(float(skill or 1))
         except ValueError:
             pass
-    elif not skill and kind in ("random", "sticky"):
-        return RandomPlayer() if kind == "random" else StickyPlayer()
-    raise ValueError(f"the player {name!r}: expected random, sticky, shooter or shooter:SKILL with a skill of 0 to 1")
+    elif not skill and kind in PLAYERS:
+        return PLAYERS[kind]()
+    raise ValueError(f"the player {name!r}: expected {', '.join(PLAYERS)} or shooter:SKILL with a skill of 0 to 1")
 
 
 def read_mix(mix: tuple[str, ...]) -> dict[str, float]:

@@ -415,7 +415,7 @@ def test_flags_that_cannot_be_meant_are_refused(tmp_path, game):
     fails("--players random=0.5: expected shares", **options | {"players": ("random=0.5",)})
     fails("--players random: expected PLAYER=SHARE", **options | {"players": ("random",)})
     fails("'shooter:2'", **options | {"players": ("shooter:2=1",)})
-    fails("shooter plays Airstriker only", **options | {"players": ("shooter=1",)})
+    fails("play Airstriker only", **options | {"players": ("shooter=1",)})
     assert list(tmp_path.iterdir()) == []
 
 
