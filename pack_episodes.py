@@ -63,7 +63,7 @@ class Args:
     seed: int = 1
     """first door: seed of all games and players"""
     players: tuple[str, ...] = MIX
-    """first door: PLAYER=SHARE of the games; random, sticky and, in Airstriker, hesitant and shooter:SKILL, SKILL 0 to 1"""
+    """first door: PLAYER=SHARE of the games; random, sticky, in Airstriker also hesitant and shooter:SKILL, 0 to 1"""
     max_steps: int = 1000
     """first door: steps after which a game is cut; 0 means never"""
     sticky: float = 0.05
@@ -267,7 +267,8 @@ def open_game(args: Args) -> tuple[dict, Iterator, int, str]:
     shares = read_mix(args.players)
     if any(name.startswith(("shooter", "hesitant")) for name in shares) and "Airstriker" not in args.env_id:
         raise ValueError(
-            f"--env-id {args.env_id}: shooter and hesitant play Airstriker only. Name others: --players random=0.5 sticky=0.5"
+            f"--env-id {args.env_id}: shooter and hesitant play Airstriker only. "
+            "Name others: --players random=0.5 sticky=0.5"
         )
     with closing(make_game(args.env_id, sticky=args.sticky)) as game:
         fps, frame_skip = game.fps, game.frame_skip

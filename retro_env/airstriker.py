@@ -204,7 +204,7 @@ PLAYERS = {"random": RandomPlayer, "sticky": StickyPlayer, "hesitant": Hesitant,
 
 
 def make_player(name: str):
-    """`random`, `sticky`, `hesitant`, `shooter` or `shooter:SKILL`, SKILL 0 to 1. Raises ValueError for another name."""
+    """One of PLAYERS or `shooter:SKILL`, SKILL 0 to 1. Raises ValueError for another name."""
     kind, _, skill = name.partition(":")
     if kind == "shooter":
         try:

@@ -507,6 +507,16 @@ def test_the_shooter_goes_under_an_enemy_fires_there_and_gets_out_of_the_way():
     assert not any(action % 2 for action in play(8, 130)[1])
 
 
+def test_the_hesitant_player_holds_its_fire_half_of_the_time():
+    player, actions = airstriker.Hesitant(), []
+    player.reset(0)
+    for _ in range(400):
+        actions.append(player.act(screen(130, enemies=[(40, 130)])))
+    presses = np.flatnonzero(np.array(actions) % 2)
+    gaps = np.diff(presses)
+    assert 60 < len(presses) < 140 and set(gaps[gaps < 15]) == {2} and (gaps >= 15).sum() >= 3
+
+
 def test_the_mix_is_close_to_its_shares_after_any_number_of_games():
     shares = airstriker.read_mix(airstriker.MIX)
     counts = dict.fromkeys(shares, 0)
