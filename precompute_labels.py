@@ -1,16 +1,18 @@
 """Label recorded sessions: deaths, squished enemies and wins, which frames are one attempt, what followed each frame.
 
-Deaths and squished enemies are found by matching the game's sprites with every frame (masked zero-mean NCC at half
-size, confirmed at full size), wins by the marker key that the player pressed. An episode ends at a death or a win; its
-frames get discounted returns.
+Deaths and squished enemies are found by matching the game's sprites with every frame (masked zero-mean NCC, from coarse
+to fine), wins by the marker key that the player pressed. An episode ends at a death or a win; its frames get discounted
+returns.
 
     python precompute_labels.py --data-dir sample_dataset
 
-Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes events.parquet, episodes.parquet and
-returns.parquet beside them, all three or none. With --truth it compares the events with truth.parquet, which scripted
-recordings have. Page: docs/precompute_labels.md
+Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
+where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. With --truth it compares
+the events with truth.parquet, which scripted recordings have. Page: docs/precompute_labels.md
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from common import runs
 from common.returns import discounted_returns, gamma_from_half_life
 from common.sessions import (
+    DETECTIONS,
     EPISODES,
     EVENTS,
     KEY_CODES,
@@ -38,8 +41,8 @@ from common.sessions import (
     read_table,
     write_table,
 )
-from common.template_matching import Bank, load_sprites, make_bank, score_maps
-from common.video import VideoReader, grey, iter_frames, resize
+from common.template_matching import Finder, distinct, find, join, load_sprites, make_finder
+from common.video import VideoReader, grey, iter_frames
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
@@ -48,9 +51,7 @@ SPRITES = {
 }
 TRUE_NAMES = {"DEATH": "death", "ATTACK": "squish", "WIN": "win"}  # what truth.parquet calls them
 TOLERANCE_S = {"DEATH": 0.5, "ATTACK": 0.3, "WIN": 0.5}  # an event this close to a true one has found it
-SCALE = 0.5  # of the frames that are searched whole
-NEAR = {"DEATH": 0.1, "ATTACK": 0.2}  # below the threshold: from there at half size, full size decides
-PLACES = 16  # in a frame that full size looks at, at most
+KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
@@ -65,7 +66,9 @@ class Args:
     device: str = "auto"
     """where sprites are matched: auto, cpu or cuda[:n]"""
     overwrite: bool = False
-    """label sessions again that have labels"""
+    """label sessions again that have labels; what was found in their videos is used again if the search was the same"""
+    rescan: bool = False
+    """with overwrite, search the videos again all the same"""
     truth: bool = False
     """compare with truth.parquet and print precision, recall and time offsets"""
 
@@ -113,13 +116,12 @@ class Args:
 
 @dataclass
 class Sprites:
-    """The T sprites of one event, ready to match."""
+    """The T sprites of all events, ready to be found."""
 
-    event: str
-    halved: Bank
-    full: Bank
+    finder: Finder
+    names: list[str]  # T, such as squished-left and squished-left mirrored
+    events: list[str]  # T
     thresholds: np.ndarray  # (T,) scores
-    near: float  # score at half size from which full size decides
 
 
 @dataclass
@@ -128,81 +130,36 @@ class Sighting:
 
     frame: int
     event: str
-    sprite: int  # which of the event's T
+    sprite: int  # which of the T
     score: float
     y: float
     x: float
 
 
-def halve(bank: Bank) -> Bank:
-    """`bank` at half size, of the pixels that are opaque in all of a square of four.
-
-    A small sprite is mostly rim: with pixels that are half background, snow scores nearly as high as a squished enemy.
-    """
-
-    def pool(picture: torch.Tensor) -> np.ndarray:
-        return torch.nn.functional.avg_pool2d(picture[None], 2)[0].numpy()
-
-    greys = [1e4 * pool(template) for template in bank.templates]  # any contrast does
-    return make_bank(bank.names, greys, [pool(bank.masks[m]) == 1 for m in bank.mask_of])
-
-
-def distinct(hits: list[tuple], height: float, width: float) -> list[tuple]:
-    """Of `hits` (score, sprite, y, x) that are closer than `height` and `width`, the best; best first."""
-    kept: list[tuple] = []
-    for hit in sorted(hits, reverse=True):
-        if all(abs(hit[2] - k[2]) >= height or abs(hit[3] - k[3]) >= width for k in kept):
-            kept.append(hit)
-    return kept
-
-
-def find_sprites(frame: torch.Tensor, halved: torch.Tensor, sprites: Sprites) -> list[tuple]:
-    """Where `frame` (3, H, W) uint8 shows one of `sprites`: (score, sprite, y, x) at full size.
-
-    `halved` (1, SCALE H, SCALE W) float32 grey is searched whole; full size looks around the places found.
-    """
-    h, w = (max(t.shape[i] for t in sprites.full.templates) for i in (0, 1))
-    places = []
-    for t, scores in enumerate(score_maps(halved, sprites.halved)):
-        found = torch.nonzero(scores[0] >= sprites.near)  # (n, 2)
-        values = scores[0][found[:, 0], found[:, 1]]
-        places += [(v, t, y / SCALE, x / SCALE) for v, (y, x) in zip(values.tolist(), found.tolist(), strict=True)]
-    places = distinct(places, h / 4, w / 4)[:PLACES]
-    if not places:
-        return []
-    margin = 4
-    H, W = min(frame.shape[1], h + 2 * margin), min(frame.shape[2], w + 2 * margin)
-    corners = [
-        (max(0, min(int(y) - margin, frame.shape[1] - H)), max(0, min(int(x) - margin, frame.shape[2] - W)))
-        for _, _, y, x in places
-    ]
-    crops = grey(torch.stack([frame[:, top : top + H, left : left + W] for top, left in corners]))  # (n, H, W)
-    hits = []
-    for t, scores in enumerate(score_maps(crops, sprites.full)):
-        best, place = scores.flatten(1).max(dim=1)  # (n,)
-        for score, at, (top, left) in zip(best.tolist(), place.tolist(), corners, strict=True):
-            if score >= sprites.thresholds[t]:
-                hits.append((score, t, top + at // scores.shape[2], left + at % scores.shape[2]))
-    return distinct(hits, h / 2, w / 2)
-
-
-def find_sightings(
-    reader: VideoReader, banks: list[Sprites], n_frames: int, stride: int, device: str, bar: tqdm
+def find_detections(
+    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm
 ) -> list[Sighting]:
-    """All sprites in frames 0, stride, 2 stride, ... below `n_frames`, in the order of the frames."""
-    sightings, threads = [], torch.get_num_threads()
+    """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less."""
+    detections, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
         for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-            frames = frames.to(device)
-            halved = grey(resize(frames, round(reader.height * SCALE), round(reader.width * SCALE)))
-            for j, i in enumerate(indices):
-                for sprites in banks:
-                    for hit in find_sprites(frames[j], halved[j : j + 1], sprites):
-                        sightings.append(Sighting(i, sprites.event, hit[1], hit[0], hit[2], hit[3]))
+            for i, hits in zip(indices, find(grey(frames.to(device)), sprites.finder), strict=True):
+                detections += [Sighting(i, sprites.events[t], t, score, y, x) for score, t, y, x in hits]
             bar.update(min(len(indices) * stride, n_frames - bar.n))
     finally:
         torch.set_num_threads(threads)
+    return detections
+
+
+def find_sightings(detections: list[Sighting], sprites: Sprites, event: str) -> list[Sighting]:
+    """Those `detections` that score the threshold; of the event's sprites on one place the best, best first."""
+    sizes = [t.shape for t, its in zip(sprites.finder.bank.templates, sprites.events, strict=True) if its == event]
+    h, w = (max(size[i] for size in sizes) for i in (0, 1))
+    sightings = []
+    for frame, group in groupby((d for d in detections if d.event == event), key=lambda d: d.frame):
+        hits = [(d.score, d.sprite, d.y, d.x) for d in group if d.score >= sprites.thresholds[d.sprite]]
+        sightings += [Sighting(frame, event, t, score, y, x) for score, t, y, x in distinct(hits, h / 2, w / 2)]
     return sightings
 
 
@@ -336,7 +293,7 @@ def episode_rewards(
 # --- Sprites and label files ---
 
 
-def load_banks(args: Args) -> list[Sprites]:
+def load_all_sprites(args: Args) -> Sprites:
     """The sprites of every event, from the first folder that has them all, with their thresholds.
 
     Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
@@ -357,18 +314,57 @@ def load_banks(args: Args) -> list[Sprites]:
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
             raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
-    banks = []
+    banks, events, thresholds = [], [], []
     for event, threshold in (("DEATH", args.death_threshold), ("ATTACK", args.attack_threshold)):
-        paths = [folder / path for path in SPRITES[event]]
-        full = load_sprites(paths, 1, mirror=event == "ATTACK")
-        halved = halve(full) if event == "ATTACK" else load_sprites(paths, SCALE)
-        default = args.sprite_threshold if threshold is None else threshold
-        names = [Path(name.removesuffix(" mirrored")).stem for name in full.names]
-        thresholds = np.array([single.get(name, default) for name in names])
-        if not ((thresholds > 0) & (thresholds <= 1)).all():
-            raise ValueError(f"the thresholds of {event} are {thresholds.tolist()}, expected scores above 0, at most 1")
-        banks.append(Sprites(event, halved, full, thresholds, thresholds.min() - NEAR[event]))
-    return banks
+        bank = load_sprites([folder / path for path in SPRITES[event]], 1, mirror=event == "ATTACK")
+        bank.names = [name.removeprefix(f"{folder}/") for name in bank.names]
+        banks.append(bank)
+        for name in bank.names:
+            stem = Path(name.removesuffix(" mirrored")).stem
+            events.append(event)
+            thresholds.append(single.get(stem, args.sprite_threshold if threshold is None else threshold))
+            if not 0 < thresholds[-1] <= 1:
+                raise ValueError(f"the threshold of {stem} is {thresholds[-1]}, expected a score above 0, at most 1")
+    bank, thresholds = join(*banks), np.array(thresholds)
+    return Sprites(make_finder(bank, np.maximum(0.01, thresholds - KEPT)), bank.names, events, thresholds)
+
+
+def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
+    """What detections depend on; those made with the same are used again."""
+    pixels = hashlib.sha256()
+    for template in sprites.finder.bank.templates:
+        pixels.update(template.numpy().tobytes())
+    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride")}
+    return recording | {"sprites": pixels.hexdigest()}
+
+
+def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:
+    """Those of detections.parquet, None where they were searched otherwise or leave out what is asked for now."""
+    path = folder / "detections.parquet"
+    if not path.exists():
+        return None
+    table = read_table(path, DETECTIONS)
+    made = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    if any(made.get(key) != value for key, value in wanted.items()):
+        return None
+    least = json.loads(made["least"])
+    if any(least[name] > threshold for name, threshold in zip(sprites.names, sprites.thresholds, strict=True)):
+        return None
+    number = {name: t for t, name in enumerate(sprites.names)}
+    return [
+        Sighting(row["frame_idx"], row["event"], number[row["sprite"]], row["score"], row["y"], row["x"])
+        for row in table.to_pylist()
+    ]
+
+
+def save_detections(folder: Path, detections: list[Sighting], sprites: Sprites, metadata: dict[str, str]):
+    least = dict(zip(sprites.names, sprites.finder.near[1].tolist(), strict=True))
+    columns = {
+        "frame_idx": [d.frame for d in detections],
+        "event": [d.event for d in detections],
+        "sprite": [sprites.names[d.sprite] for d in detections],
+    } | {name: [getattr(d, name) for d in detections] for name in ("score", "y", "x")}
+    write_table(folder / "detections.parquet", columns, DETECTIONS, metadata | {"least": json.dumps(least)})
 
 
 def write_labels(folder: Path, events: dict, episodes: dict, returns: dict, metadata: dict):
@@ -437,15 +433,21 @@ def check_labels(folder: Path, metadata: dict[str, str]) -> None:
 
 
 def label_session(
-    args: Args, session: Session, reader: VideoReader, banks: list[Sprites], device: str, metadata: dict
+    args: Args, session: Session, reader: VideoReader, sprites: Sprites | None, device: str, metadata: dict
 ) -> None:
     """Find events, episodes and returns of one session and write them."""
-    n = int(metadata["recording_frames"])
+    n, deaths, attacks = int(metadata["recording_frames"]), [], []
     times = session.timestamps[:n]  # (n,) ms
-    with tqdm(total=n, desc=session.name, unit="frame") as bar:
-        sightings = find_sightings(reader, banks, n, args.event_stride, device, bar) if args.detect_events else []
-    deaths = death_events([s for s in sightings if s.event == "DEATH"], times, args.death_min_gap_s, args.event_stride)
-    attacks = attack_events([s for s in sightings if s.event == "ATTACK"], times)
+    if sprites:
+        scan = scan_metadata(sprites, metadata)
+        detections = None if args.rescan else load_detections(session.folder, sprites, scan)
+        if detections is None:
+            with tqdm(total=n, desc=session.name, unit="frame") as bar:
+                detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
+            save_detections(session.folder, detections, sprites, scan)
+        seen = {event: find_sightings(detections, sprites, event) for event in SPRITES}
+        deaths = death_events(seen["DEATH"], times, args.death_min_gap_s, args.event_stride)
+        attacks = attack_events(seen["ATTACK"], times)
     presses = [
         row["timestamp"]
         for row in session.inputs.to_pylist()
@@ -524,7 +526,7 @@ def main(args: Args) -> dict:
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
         folders = find_sessions(args.data_dir)
-        banks = load_banks(args) if args.detect_events else []
+        sprites = load_all_sprites(args) if args.detect_events else None
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
@@ -543,7 +545,7 @@ def main(args: Args) -> dict:
             metadata = label_metadata(args, session, n)
             install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                label_session(args, session, reader, banks, device, metadata)
+                label_session(args, session, reader, sprites, device, metadata)
                 done["labelled"] += 1
             else:
                 check_labels(folder, metadata)

@@ -1,8 +1,9 @@
 """Session files: what a recorded session holds, read and written in one place. The contract is docs/data.md, schema v1.
 
-A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `events.parquet`,
-`episodes.parquet`, `returns.parquet`, and `truth.parquet` where the game could be asked. The older form holds the same
-fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
+A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `detections.parquet`,
+`events.parquet`, `episodes.parquet`, `returns.parquet`, and `truth.parquet` where the game could be asked. The older
+form holds the same fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here
+takes both.
 """
 
 import json
@@ -32,6 +33,16 @@ INPUTS = pa.schema(
         ("x", pa.int32()),  # pixels in the recorded picture, null for keys
         ("y", pa.int32()),
         ("source", pa.string()),  # human | policy | script
+    ]
+)
+DETECTIONS = pa.schema(
+    [
+        ("frame_idx", pa.int64()),
+        ("event", pa.string()),
+        ("sprite", pa.string()),
+        ("score", pa.float64()),
+        ("y", pa.int64()),  # of its top left corner, pixels
+        ("x", pa.int64()),
     ]
 )
 EVENTS = pa.schema([("frame_idx", pa.int64()), ("event", pa.string()), ("confidence", pa.float64())])

@@ -8,6 +8,9 @@ Three correlations with the frame, each a product of spectra. The FFT is as larg
 that is faster: positions where the template lies fully inside the frame never wrap around, and only these are returned.
 Facts: masked matching separates the death sprite (0.92 or more against 0.75 or less at half scale), unmasked does not.
 
+`find` goes from coarse to fine: a template is searched in frames of a quarter or half of the size, as far as it stays
+recognisable, and only places that look like it are compared again, closer, in float64 at full size.
+
 The variance is a small difference of large sums: in float32 the score is wrong by some hundredths near one grey
 level of deviation. `score_maps` therefore takes float64. `match` needs the best position only: it finds the positions
 that float32 cannot rule out, on most frames a handful, and computes these from their pixels in float64.
@@ -29,6 +32,13 @@ VARIANCE_ERROR = 0.1  # of float32, in squared grey levels; at most 0.03 on fram
 SCORE_ERROR = 1e-3  # of float32 with the right variance; at most 1e-4 there
 MAX_CANDIDATES = 128  # positions; more, as on a flat frame, cost less as a float64 map
 FRAMES_AT_ONCE = 32  # on a GPU; on a CPU one by one, which stays in its cache
+FACTORS = (4, 2)  # by which frames are made smaller for the first look
+RECOGNISABLE = 0.6  # score of a small template with itself, at the worst of places, from which a first look is worth it
+NEAR = 0.95  # times that score: from there on a closer look decides
+CELLS = 24  # opaque pixels that a small template has at least
+SHARED = 0.8  # of their opaque pixels that templates have in common at least to be looked for with one mask
+AROUND = 2  # pixels around a place that a closer look compares
+PLACES_AT_ONCE = 64
 
 
 @dataclass
@@ -90,15 +100,30 @@ def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: boo
     return make_bank(names, greys, masks)
 
 
+def join(*banks: Bank) -> Bank:
+    """All templates of `banks` as one bank."""
+    joined = Bank([], [], [], [])
+    for bank in banks:
+        joined.mask_of += [len(joined.masks) + m for m in bank.mask_of]
+        joined.masks += bank.masks
+        joined.names += bank.names
+        joined.templates += bank.templates
+    return joined
+
+
+def check_sizes(bank: Bank, H: int, W: int):
+    """Raise ValueError naming a template that is larger than a frame of (H, W)."""
+    for name, (h, w) in zip(bank.names, (template.shape for template in bank.templates), strict=True):
+        if h > H or w > W:
+            raise ValueError(f"{name} is {w}x{h} pixels, larger than the {W}x{H} frame. Use a smaller scale.")
+
+
 def _correlations(
     frames: torch.Tensor, bank: Bank, wanted: list[int] | range, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each `wanted` template sum(I T') / sqrt(n), float32, and deviation^2, `dtype`: (N, H-h+1, W-w+1) each."""
     H, W = frames.shape[-2:]
-    for name, template in zip(bank.names, bank.templates, strict=True):
-        h, w = template.shape
-        if h > H or w > W:
-            raise ValueError(f"{name} is {w}x{h} pixels, larger than the {W}x{H} frame. Use a smaller scale.")
+    check_sizes(bank, H, W)
     size = next_fast_len(H, real=True), next_fast_len(W, real=True)  # 599x797 takes five times as long as 600x800
     key = (*size, frames.device, dtype)
     if key not in bank.spectra:
@@ -192,3 +217,207 @@ def match(frames: torch.Tensor, bank: Bank) -> tuple[torch.Tensor, torch.Tensor,
                 score[i : i + step, t], best = scores.flatten(1).max(dim=1)
                 y[i : i + step, t], x[i : i + step, t] = best // scores.shape[2], best % scores.shape[2]
     return score.clamp_(-1, 1), y, x
+
+
+@dataclass
+class Look:
+    """The first look for W templates in frames made smaller by `factor`; as a Bank but for `near`."""
+
+    factor: int
+    wanted: list[int]  # indices of the templates in the whole bank
+    templates: list[torch.Tensor]  # W x (h, w) float32, zero mean and unit norm under the mask
+    masks: list[torch.Tensor]  # M x (h, w) float32 of 0 and 1
+    mask_of: list[int]  # W indices into `masks`
+    near: list[float]  # W scores from which a closer look decides
+    spectra: dict = field(default_factory=dict)  # per size of the frames and device
+
+
+@dataclass
+class Finder:
+    """T templates ready to be found from coarse to fine."""
+
+    bank: Bank
+    looks: list[Look]
+    stacks: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # by factor: templates and masks (T, h, w)
+    # float64, filled up with 0 to the largest, and their sizes (T, 2)
+    near: dict[int, torch.Tensor]  # by factor: (T,) scores from which a closer look decides; at 1, what counts
+
+
+def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A template and its mask (h, w) made smaller by `factor`, of the cells whose pixels are all opaque: a small sprite
+    is mostly rim, and cells that are half background make snow score nearly as high as a squished enemy."""
+    inside = F.avg_pool2d(mask[None], factor)[0] == 1
+    cells = F.avg_pool2d(template[None], factor)[0]
+    cells = torch.where(inside, cells - (cells[inside].mean() if inside.any() else 0), 0)
+    return cells / cells.norm().clamp(min=1e-12), inside.float()
+
+
+def worst_self_score(template: torch.Tensor, mask: torch.Tensor, small: torch.Tensor, cells: torch.Tensor) -> float:
+    """The score of `small` with its mask `cells` where a frame made smaller shows `template` with its `mask`: at the
+    best position, for the worst place of the template between cells, on a dark, an even and a light ground."""
+    factor = template.shape[0] // small.shape[0]
+    if cells.sum() < CELLS:
+        return 0.0
+    template = template * (50 / template[mask > 0].std())  # grey levels, as FLAT
+    scenes = []
+    for ground in (-100.0, 0.0, 100.0):
+        picture = torch.where(mask > 0, template, ground)[None]
+        for y in range(factor):
+            for x in range(factor):
+                sides = (factor + x, 2 * factor - x, factor + y, 2 * factor - y)
+                scenes.append(F.avg_pool2d(F.pad(picture, sides, value=ground), factor))
+    scores = next(score_maps(torch.cat(scenes), Bank(["small"], [small], [cells], [0])))  # (3 factor^2, ., .)
+    return scores.flatten(1).amax(1).min().item()
+
+
+def share_masks(masks: list[torch.Tensor]) -> list[list[int]]:
+    """Which of T `masks` (h, w) are nearly the same: groups of indices."""
+    groups: list[list[int]] = []
+    for t, mask in enumerate(masks):
+        for group in groups:
+            alike = [masks[k] for k in group] + [mask]
+            if mask.shape == alike[0].shape:
+                shared = torch.stack(alike).prod(0).sum()
+                if all(shared >= SHARED * other.sum() for other in alike):
+                    group.append(t)
+                    break
+        else:
+            groups.append([t])
+    return groups
+
+
+def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int, ...] = FACTORS) -> Finder:
+    """How to find the T templates of `bank` wherever they score `least` (T,) or more. Each is first looked for in
+    frames made smaller by the first of `factors` in which it stays recognisable, else at full size."""
+    full = [(template, bank.masks[m]) for template, m in zip(bank.templates, bank.mask_of, strict=True)]
+    pairs, near = {1: full}, {1: torch.as_tensor(least, dtype=torch.float32)}
+    for factor in factors:
+        pairs[factor] = [shrink(*pair, factor) for pair in full]
+        scores = [worst_self_score(*large, *small) for large, small in zip(full, pairs[factor], strict=True)]
+        near[factor] = NEAR * torch.tensor(scores)
+    looks = {factor: Look(factor, [], [], [], [], []) for factor in (*factors, 1)}
+    for group in share_masks([mask for _, mask in full]):
+        shared = torch.stack([full[t][1] for t in group]).prod(0)
+        for factor in factors:
+            small = [shrink(full[t][0], shared, factor) for t in group]
+            scores = [worst_self_score(*full[t], *pair) for t, pair in zip(group, small, strict=True)]
+            if min(scores) >= RECOGNISABLE:
+                look, those = looks[factor], [(*pair, NEAR * score) for pair, score in zip(small, scores, strict=True)]
+                break
+        else:
+            look, those = looks[1], [(*full[t], near[1][t].item() - SCORE_ERROR) for t in group]
+        for t, (template, mask, score) in zip(group, those, strict=True):
+            m = next((m for m, known in enumerate(look.masks) if torch.equal(mask, known)), len(look.masks))
+            look.masks += [mask] if m == len(look.masks) else []
+            look.wanted.append(t)
+            look.templates.append(template)
+            look.mask_of.append(m)
+            look.near.append(score)
+    stacks = {}
+    for factor, those in pairs.items():
+        h, w = (max(template.shape[i] for template, _ in those) for i in (0, 1))
+        filled = [[F.pad(p, (0, w - p.shape[1], 0, h - p.shape[0])).double() for p in pair] for pair in those]
+        templates, masks = (torch.stack(part) for part in zip(*filled, strict=True))
+        stacks[factor] = templates, masks, torch.tensor([template.shape for template, _ in those])
+    return Finder(bank, [look for look in looks.values() if look.wanted], stacks, near)
+
+
+def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
+    """Where `frames` (N, H, W) of the look's size may show one of its templates: (K, 4) int64 of frame, template of the
+    bank, y, x; some may lie partly outside."""
+    if frames.device.type == "cpu" and len(frames) > 1:  # one by one they stay in the cache
+        parts = [first_look(frame[None], look) for frame in frames]
+        for n, part in enumerate(parts):
+            part[:, 0] = n
+        return torch.cat(parts)
+    H, W = frames.shape[1:]
+    h, w = (min(template.shape[i] for template in look.templates) for i in (0, 1))
+    size = next_fast_len(H, real=True), next_fast_len(W, real=True)
+    if (*size, frames.device) not in look.spectra:
+        templates = [t / look.masks[m].sum().sqrt() for t, m in zip(look.templates, look.mask_of, strict=True)]
+        look.spectra[(*size, frames.device)] = [
+            [torch.fft.rfft2(picture.to(frames.device), s=size).conj_physical() for picture in pictures]
+            for pictures in (templates, [mask / mask.sum() for mask in look.masks])
+        ]
+
+    def correlate(frame_spectrum: torch.Tensor, other_spectrum: torch.Tensor) -> torch.Tensor:
+        columns = torch.fft.ifft(frame_spectrum * other_spectrum, dim=1)[:, : H - h + 1]
+        return torch.fft.irfft(columns, n=size[1], dim=2)[:, :, : W - w + 1]
+
+    template_spectra, mask_spectra = look.spectra[(*size, frames.device)]
+    image = frames - frames.mean((1, 2), keepdim=True)  # no result depends on the level, but rounding does
+    spectrum, spectrum_of_square = torch.fft.rfft2(image, s=size), torch.fft.rfft2(image.square(), s=size)
+    near = [None] * len(look.wanted)
+    for m, mask_spectrum in enumerate(mask_spectra):
+        mean, deviation = correlate(spectrum, mask_spectrum), correlate(spectrum_of_square, mask_spectrum)
+        deviation.addcmul_(mean, mean, value=-1).sub_(VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
+        for i in (i for i, used in enumerate(look.mask_of) if used == m):
+            near[i] = correlate(spectrum, template_spectra[i]) >= look.near[i] * deviation
+    places = torch.stack(near, 1).nonzero()
+    places[:, 1] = torch.tensor(look.wanted, device=frames.device)[places[:, 1]]
+    return places
+
+
+def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best positions of `frames` (N, H, W) float32 within AROUND of `places` (K, 4): frame, template, y, x; `stack`
+    as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
+    templates, masks, sizes = (part.to(frames.device) for part in stack)
+    (H, W), (h, w), side = frames.shape[1:], templates.shape[1:], 2 * AROUND + 1
+    n, t, y, x = places.T
+    steps = torch.arange(-AROUND, AROUND + 1, device=frames.device)
+    rows = (y[:, None] + torch.arange(-AROUND, h + AROUND, device=frames.device)).clamp_(0, H - 1)
+    columns = (x[:, None] + torch.arange(-AROUND, w + AROUND, device=frames.device)).clamp_(0, W - 1)
+    crops = frames[n[:, None, None], rows[:, :, None], columns[:, None]].double()  # (K, h + 2 AROUND, w + 2 AROUND)
+    template, mask = templates[t].flatten(1)[:, :, None], masks[t].flatten(1)[:, :, None]  # (K, h w, 1)
+    count = mask.sum(1)  # (K, 1)
+    crops = crops - crops.mean((1, 2), keepdim=True)
+    windows = crops.unfold(1, h, 1).unfold(2, w, 1).reshape(len(places), side**2, h * w)
+    mean = (windows @ mask)[..., 0] / count
+    variance = (windows.square() @ mask)[..., 0] / count - mean.square()  # (K, side^2)
+    score = (windows @ template)[..., 0] / (count * variance.clamp(min=FLAT**2)).sqrt()
+    score = torch.where(variance > FLAT**2, score, 0.0)
+    top, left = (y[:, None] + steps)[:, :, None], (x[:, None] + steps)[:, None]  # (K, side, 1), (K, 1, side)
+    last = (torch.tensor([H, W], device=frames.device) - sizes[t])[:, :, None, None]  # (K, 2, 1, 1)
+    inside = (top >= 0) & (top <= last[:, 0]) & (left >= 0) & (left <= last[:, 1])
+    score, best = torch.where(inside.flatten(1), score, -1.0).max(1)
+    return score, torch.stack([n, t, y + steps[best // side], x + steps[best % side]], 1)
+
+
+def distinct(hits: list[tuple], height: float, width: float) -> list[tuple]:
+    """Of `hits` (score, template, y, x) that are closer than `height` and `width`, the best; best first."""
+    kept: list[tuple] = []
+    for hit in sorted(hits, reverse=True):
+        if all(abs(hit[2] - k[2]) >= height or abs(hit[3] - k[3]) >= width for k in kept):
+            kept.append(hit)
+    return kept
+
+
+def find(frames: torch.Tensor, finder: Finder) -> list[list[tuple[float, int, int, int]]]:
+    """Where each of `frames` (N, H, W) float32 0..255 shows the finder's templates: N lists of (score, template, y, x),
+    y, x the top left corner; of one template's places that overlap by more than a half the best. Best first."""
+    check_sizes(finder.bank, *frames.shape[1:])
+    hits: list[list] = [[] for _ in frames]
+    for i in range(0, len(frames), FRAMES_AT_ONCE):
+        sizes = {1: frames[i : i + FRAMES_AT_ONCE]}
+        for factor in finder.stacks.keys() - {1}:
+            sizes[factor] = F.avg_pool2d(sizes[1], factor, ceil_mode=True)
+        for look in finder.looks:
+            places, coarse = first_look(sizes[look.factor], look), look.factor
+            while True:
+                factor = max(1, coarse // 2)
+                places[:, 2:] *= coarse // factor
+                parts = [closer_look(sizes[factor], p, finder.stacks[factor]) for p in places.split(PLACES_AT_ONCE)]
+                scores, places = (torch.cat(part) for part in zip(*parts, strict=True))
+                near = scores >= finder.near[factor].to(scores)[places[:, 1]]
+                scores, places, coarse = scores[near], places[near], factor
+                if factor == 1:
+                    break
+            for score, (n, *hit) in zip(scores.tolist(), places.tolist(), strict=True):
+                hits[i + n].append((score, *hit))
+    for n, those in enumerate(hits):
+        best = []
+        for t in {hit[1] for hit in those}:
+            h, w = finder.bank.templates[t].shape
+            best += distinct([hit for hit in those if hit[1] == t], h / 2, w / 2)
+        hits[n] = sorted(best, reverse=True)
+    return hits

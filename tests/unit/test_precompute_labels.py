@@ -14,7 +14,18 @@ from PIL import Image
 
 import precompute_labels
 from common.returns import discounted_returns
-from common.sessions import EPISODES, EVENTS, INPUTS, RETURNS, TRUTH, WIN_KEY, load_session, read_table, write_table
+from common.sessions import (
+    DETECTIONS,
+    EPISODES,
+    EVENTS,
+    INPUTS,
+    RETURNS,
+    TRUTH,
+    WIN_KEY,
+    load_session,
+    read_table,
+    write_table,
+)
 from common.template_matching import load_sprites, match
 from common.video import grey, resize
 from precompute_labels import (
@@ -371,6 +382,33 @@ def test_metadata_tells_how_labels_were_made(dataset):
         assert metadata[b"sprite_threshold"] == b"0.85" and metadata[b"schema_version"] == b"1"
         assert float(metadata[b"fps"]) == 10 and metadata[b"recording_frames"] == b"120"
         assert int(metadata[b"recording_bytes"]) == (dataset / "run_a" / "recording.mp4").stat().st_size
+
+
+def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
+    """What was found is used again, unless it may lack something, or was found otherwise."""
+    searched = []
+    search = precompute_labels.find_detections
+    monkeypatch.setattr(precompute_labels, "find_detections", lambda *a: searched.append(a) or search(*a))
+
+    def label(**changes):
+        searched.clear()
+        result = main(arguments(dataset, overwrite=True, **changes))
+        return result["sessions"]["run_a"]["DEATH"], len(searched)
+
+    assert label() == (2, 2)
+    rows = read_table(dataset / "run_a" / "detections.parquet", DETECTIONS).to_pylist()
+    first = next(row for row in rows if row["event"] == "DEATH")
+    assert first["frame_idx"] == 30 and (first["y"], first["x"]) == (20, 50) and first["score"] > 0.9
+    assert first["sprite"] == "creatures/tux/small/gameover-0.png"
+    assert label(death_threshold=0.9999) == (0, 0)
+    assert label(sprite_threshold=0.8) == (2, 0)
+    assert label(sprite_threshold=0.7) == (2, 2), "more than was kept"
+    assert label() == (2, 0)
+    assert label(rescan=True) == (2, 2)
+    assert label(event_stride=2) == (2, 2)
+    enemy = dataset / "sprites" / "creatures" / "snowball" / "squished-left.png"
+    Image.open(enemy).rotate(180).save(enemy)
+    assert label(event_stride=2) == (2, 2)
 
 
 def test_stride_finds_the_same_deaths_within_the_stride(dataset):

@@ -6,7 +6,16 @@ import torch
 from PIL import Image
 
 from common import template_matching
-from common.template_matching import exact_score, load_sprites, make_bank, match, score_maps
+from common.template_matching import (
+    exact_score,
+    find,
+    load_sprites,
+    make_bank,
+    make_finder,
+    match,
+    score_maps,
+    share_masks,
+)
 from tests.reference import masked_zncc
 
 H, W = 40, 56
@@ -251,3 +260,90 @@ def test_useless_input_is_refused_by_name(tmp_path):
     bank = make_bank(["big.png"], [np.random.default_rng(9).uniform(0, 255, (5, 50))], [np.ones((5, 50), bool)])
     with pytest.raises(ValueError, match="big.png is 50x5 pixels, larger than the 40x30 frame"):
         match(torch.zeros(1, 30, 40), bank)
+
+
+def sprite(rng, h, w):
+    """A smooth picture in an ellipse, which stays recognisable when it is made smaller."""
+    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 1, 4, 5)))
+    grey = torch.nn.functional.interpolate(coarse, (h, w), mode="bicubic", align_corners=True)[0, 0].numpy()
+    yy, xx = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
+    return grey, yy**2 + xx**2 <= 1
+
+
+def paste(frame, y, x, grey, mask, contrast=0.8):
+    frame[y : y + len(mask), x : x + mask.shape[1]][mask] = 25 + contrast * grey[mask]
+
+
+@pytest.mark.parametrize(("h", "w", "factor"), [(43, 57, 4), (13, 33, 2), (9, 12, 1)])
+def test_find_sees_a_sprite_wherever_it_is(h, w, factor):
+    """Every place between the cells of the smaller frame, the four corners, a frame whose size no factor divides."""
+    rng = np.random.default_rng(h)
+    grey, mask = sprite(rng, h, w)
+    bank = make_bank(["t"], [grey], [mask])
+    finder = make_finder(bank, [0.85])
+    assert [look.factor for look in finder.looks] == [factor]
+    places = [(20 + i // 4, 31 + i % 4) for i in range(16)] + [(0, 0), (0, 130 - w), (101 - h, 0), (101 - h, 130 - w)]
+    ground = np.kron(rng.uniform(0, 255, (26, 33)), np.ones((4, 4)))[:101, :130] + rng.normal(0, 3, (101, 130))
+    frames = np.stack([ground] * len(places))
+    for frame, (y, x) in zip(frames, places, strict=True):
+        paste(frame, y, x, grey, mask)
+    frames = torch.from_numpy(frames).float()
+    for frame, hits, (y, x) in zip(frames, find(frames, finder), places, strict=True):
+        right = exact_score(frame.numpy(), bank.templates[0].numpy(), mask, y, x)
+        assert right > 0.99 and hits[0] == (pytest.approx(right, abs=1e-6), 0, y, x)
+        assert all(score >= 0.85 for score, *_ in hits)
+
+
+@pytest.mark.parametrize("factors", [(4, 2), (2,), ()])
+@pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
+def test_find_reports_what_the_float64_maps_have(kind, factors):
+    """Each hit has the score that the map has there; with the look at full size alone, no local maximum is missed."""
+    rng = np.random.default_rng(30)
+    frame = difficult_frames(rng, 61, 83)[kind]
+    templates = [sprite(rng, 24, 30), sprite(rng, 13, 33), random_template(rng, 11, 15)]
+    for (grey, mask), (y, x) in zip(templates, [(3, 5), (41, 2), (30, 60)], strict=True):
+        paste(frame, y, x, grey, mask)
+    bank = make_bank(list("abc"), *zip(*templates, strict=True))
+    frames = torch.from_numpy(frame).float()[None]
+    (hits,) = find(frames, make_finder(bank, [0.7] * 3, factors))
+    maps = [scores[0] for scores in score_maps(frames, bank)]
+    assert {hit[1] for hit in hits} == {0, 1, 2}
+    for score, t, y, x in hits:
+        assert score == pytest.approx(maps[t][y, x].item(), abs=1e-4) and score >= 0.7
+    for t, scores in enumerate(maps):
+        h, w = bank.templates[t].shape
+        for y, x in (scores >= 0.701).nonzero().tolist() if not factors else []:
+            near = [hit for hit in hits if hit[1] == t and abs(hit[2] - y) < h / 2 and abs(hit[3] - x) < w / 2]
+            assert near and max(near)[0] >= scores[y, x] - 1e-4
+
+
+def test_find_gives_the_same_for_many_frames_as_for_one():
+    rng = np.random.default_rng(31)
+    templates = [sprite(rng, 43, 57), sprite(rng, 43, 57), sprite(rng, 13, 33)]
+    bank = make_bank(list("abc"), *zip(*templates, strict=True))
+    finder = make_finder(bank, [0.8] * 3)
+    assert [(look.factor, look.wanted, len(look.masks)) for look in finder.looks] == [(4, [0, 1], 1), (2, [2], 1)]
+    frames = rng.uniform(0, 255, (70, 90, 120))
+    for n, frame in enumerate(frames):
+        for number in range(n % 3):
+            paste(frame, 2 + n % 7, 1 + 60 * number, *templates[(n + number) % 3])
+    frames = torch.from_numpy(frames).float()
+    together = find(frames, finder)
+    assert together == [find(frame[None], finder)[0] for frame in frames]
+    assert sum(map(len, together)) >= 60 and find(frames[:0], finder) == []
+
+
+def test_masks_that_are_nearly_the_same_are_shared():
+    rng = np.random.default_rng(32)
+    grey, mask = sprite(rng, 20, 24)
+    other, small = mask.copy(), mask.copy()
+    other[10, 12], small[:9] = False, False
+    bank = make_bank(list("abcd"), [grey] * 4, [mask, small, other, mask])
+    assert share_masks([bank.masks[m] for m in bank.mask_of]) == [[0, 2, 3], [1]]
+
+
+def test_a_template_larger_than_the_frame_is_named():
+    rng = np.random.default_rng(33)
+    finder = make_finder(make_bank(["big.png"], *zip(sprite(rng, 43, 57), strict=True)), [0.8])
+    with pytest.raises(ValueError, match="big.png is 57x43 pixels, larger than the 50x60 frame"):
+        find(torch.zeros(1, 60, 50), finder)
