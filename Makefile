@@ -103,7 +103,7 @@ lint: .venv/.dev ## ruff: rules and format
 
 bench-speed: .venv/.bench ## decoding, matching and training beside their rivals: benchmarks/results, docs/benchmarks.md
 	.venv/bin/python -m benchmarks.speed.decode
-	.venv/bin/python -m benchmarks.speed.matching
+	.venv/bin/python -m benchmarks.speed.template_matching
 	.venv/bin/python -m benchmarks.speed.train_step
 	.venv/bin/python -m benchmarks.speed.episodes
 	.venv/bin/python -m benchmarks.speed.collect

@@ -2,8 +2,8 @@
 
 A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `detections.parquet`,
 `events.parquet`, `episodes.parquet`, `returns.parquet`, and `truth.parquet` where the game could be asked. The older
-form holds the same fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here
-takes both.
+form holds the same fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader
+here takes both.
 """
 
 import json

@@ -136,10 +136,8 @@ def main(args: Args):
     sprites = precompute_labels.load_all_sprites(precompute_labels.Args(data_dir=args.data_dir))
     bank = sprites.finder.bank
     frames = read_frames(files, args.rounds + 1, np.random.default_rng(args.seed))  # one more to warm up
-    more = {
-        "frame": list(frames.shape[1:]),
-        "agreement": agreement([f.parent for f in files], sprites, args.detections),
-    }
+    folders = [file.parent for file in files]
+    more = {"frame": list(frames.shape[1:]), "agreement": agreement(folders, sprites, args.detections)}
     deaths = [t for t, event in enumerate(sprites.events) if event == "DEATH"]
     for name, wanted, least in (
         ("template_matching_deaths", deaths, 25),

@@ -8,14 +8,18 @@ import pytest
 
 from benchmarks.speed import paired
 
-RIVALS = {"decode": ("cv2", "ffmpeg"), "matching": ("cv2",)}
+RIVALS = {"decode": ("cv2", "ffmpeg"), "template_matching": ("cv2",)}
 
 
 @pytest.mark.parametrize(
     "name, settings, written",
     [
         ("decode", {"sessions": 1, "rounds": 1}, ["decode"]),
-        ("matching", {"rounds": 1}, ["matching"]),
+        (
+            "template_matching",
+            {"rounds": 1, "detections": 3, "labelled": 1},
+            ["template_matching_deaths", "template_matching", "labelling"],
+        ),
         ("train_step", {"rounds": 1, "steps": 1}, ["train_step_resnet18", "train_step_cnn"]),
         ("episodes", {"rounds": 1, "batches": 1}, ["episodes"]),
         (
