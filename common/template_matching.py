@@ -243,10 +243,11 @@ class Finder:
     near: dict[int, torch.Tensor]  # by factor: (T,) scores from which a closer look decides; at 1, what counts
 
 
-def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A template and its mask (h, w) made smaller by `factor`, of the cells whose pixels are all opaque: a small sprite
-    is mostly rim, and cells that are half background make snow score nearly as high as a squished enemy."""
-    inside = F.avg_pool2d(mask[None], factor)[0] == 1
+def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int, rim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A template and its mask (h, w) made smaller by `factor`, of the cells whose pixels are all opaque, and `rim` or
+    more pixels inside: a small sprite is mostly rim, and cells that are half background resemble anything."""
+    inside = 1 - F.max_pool2d(F.pad(1 - mask[None], (rim,) * 4, value=1), 2 * rim + 1, 1)
+    inside = F.avg_pool2d(inside, factor)[0] == 1
     cells = F.avg_pool2d(template[None], factor)[0]
     cells = torch.where(inside, cells - (cells[inside].mean() if inside.any() else 0), 0)
     return cells / cells.norm().clamp(min=1e-12), inside.float()
@@ -260,7 +261,7 @@ def worst_self_score(template: torch.Tensor, mask: torch.Tensor, small: torch.Te
         return 0.0
     template = template * (50 / template[mask > 0].std())  # grey levels, as FLAT
     scenes = []
-    for ground in (-100.0, 0.0, 100.0):
+    for ground in (-150.0, 0.0, 150.0):
         picture = torch.where(mask > 0, template, ground)[None]
         for y in range(factor):
             for x in range(factor):
@@ -268,6 +269,16 @@ def worst_self_score(template: torch.Tensor, mask: torch.Tensor, small: torch.Te
                 scenes.append(F.avg_pool2d(F.pad(picture, sides, value=ground), factor))
     scores = next(score_maps(torch.cat(scenes), Bank(["small"], [small], [cells], [0])))  # (3 factor^2, ., .)
     return scores.flatten(1).amax(1).min().item()
+
+
+def shrink_alike(those: list[tuple], mask: torch.Tensor, factor: int) -> tuple[list[tuple], list[float]]:
+    """Templates and masks `those` made smaller, all with the pixels of `mask`, and what they score themselves at worst;
+    without their rim, if they are more like themselves without."""
+    ways = []
+    for rim in (0, 1):
+        small = [shrink(template, mask, factor, rim) for template, _ in those]
+        ways.append((small, [worst_self_score(*large, *pair) for large, pair in zip(those, small, strict=True)]))
+    return max(ways, key=lambda way: min(way[1]))
 
 
 def share_masks(masks: list[torch.Tensor]) -> list[list[int]]:
@@ -292,17 +303,19 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
     full = [(template, bank.masks[m]) for template, m in zip(bank.templates, bank.mask_of, strict=True)]
     pairs, near = {1: full}, {1: torch.as_tensor(least, dtype=torch.float32)}
     for factor in factors:
-        pairs[factor] = [shrink(*pair, factor) for pair in full]
-        scores = [worst_self_score(*large, *small) for large, small in zip(full, pairs[factor], strict=True)]
-        near[factor] = NEAR * torch.tensor(scores)
+        alone = [shrink_alike([pair], pair[1], factor) for pair in full]
+        pairs[factor] = [small[0] for small, _ in alone]
+        near[factor] = torch.minimum(NEAR * torch.tensor([score[0] for _, score in alone]), near[1])
     looks = {factor: Look(factor, [], [], [], [], []) for factor in (*factors, 1)}
     for group in share_masks([mask for _, mask in full]):
         shared = torch.stack([full[t][1] for t in group]).prod(0)
         for factor in factors:
-            small = [shrink(full[t][0], shared, factor) for t in group]
-            scores = [worst_self_score(*full[t], *pair) for t, pair in zip(group, small, strict=True)]
+            small, scores = shrink_alike([full[t] for t in group], shared, factor)
             if min(scores) >= RECOGNISABLE:
-                look, those = looks[factor], [(*pair, NEAR * score) for pair, score in zip(small, scores, strict=True)]
+                look, those = (
+                    looks[factor],
+                    [(*small[i], min(NEAR * scores[i], near[1][t].item())) for i, t in enumerate(group)],
+                )
                 break
         else:
             look, those = looks[1], [(*full[t], near[1][t].item() - SCORE_ERROR) for t in group]

@@ -568,7 +568,7 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
     fails("--half-life-s 0.*half-life above 0", half_life_s=0)
     fails("--device foo: expected", device="foo")
     fails("KEY_BACKSLSH is no evdev key name", win_key="KEY_BACKSLSH")
-    fails(r"thresholds of ATTACK are \[85.0.*expected scores", attack_threshold=85.0)
+    fails(r"threshold of squished-left is 85.0, expected a score", attack_threshold=85.0)
     fails("--template-thresholds gameover=0.9: expected NAME=SCORE.*gameover-0", template_thresholds=("gameover=0.9",))
     fails("--template-thresholds gameover-0: expected NAME=SCORE", template_thresholds=("gameover-0",))
     fails("--template-thresholds gameover-0=high: expected NAME=SCORE", template_thresholds=("gameover-0=high",))
