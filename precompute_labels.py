@@ -52,6 +52,9 @@ SPRITES = {
 TRUE_NAMES = {"DEATH": "death", "ATTACK": "squish", "WIN": "win"}  # what truth.parquet calls them
 TOLERANCE_S = {"DEATH": 0.5, "ATTACK": 0.3, "WIN": 0.5}  # an event this close to a true one has found it
 KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
+SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
+CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
+SAMPLE = 200  # frames in which the size is looked for
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
@@ -82,6 +85,9 @@ class Args:
     """that score for the sprites of squished enemies; None: sprite_threshold"""
     template_thresholds: tuple[str, ...] = ()
     """that score for single sprites, NAME=SCORE each, such as squished-left=0.9; beats the three above"""
+    sprite_scales: tuple[str, ...] = ("auto",)
+    """size of the sprites in the recording, 1 as SuperTux draws them in windows of 640x480 to 1368x800; auto finds it
+    in every recording, several are all searched"""
     event_stride: int = 1
     """look at every n-th frame, 1 or more; a death shows for 1.5 s, a squished enemy for 2 s"""
     death_min_gap_s: float = 2.5
@@ -121,6 +127,7 @@ class Sprites:
     finder: Finder
     names: list[str]  # T, such as squished-left and squished-left mirrored
     events: list[str]  # T
+    scales: list[float]  # T
     thresholds: np.ndarray  # (T,) scores
 
 
@@ -293,8 +300,8 @@ def episode_rewards(
 # --- Sprites and label files ---
 
 
-def load_all_sprites(args: Args) -> Sprites:
-    """The sprites of every event, from the first folder that has them all, with their thresholds.
+def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
+    """The sprites of every event at all `scales`, from the first folder that has them all, with their thresholds.
 
     Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
     """
@@ -314,19 +321,50 @@ def load_all_sprites(args: Args) -> Sprites:
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
             raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
-    banks, events, thresholds = [], [], []
+    banks, events, sizes, thresholds = [], [], [], []
     for event, threshold in (("DEATH", args.death_threshold), ("ATTACK", args.attack_threshold)):
-        bank = load_sprites([folder / path for path in SPRITES[event]], 1, mirror=event == "ATTACK")
-        bank.names = [name.removeprefix(f"{folder}/") for name in bank.names]
-        banks.append(bank)
-        for name in bank.names:
-            stem = Path(name.removesuffix(" mirrored")).stem
-            events.append(event)
-            thresholds.append(single.get(stem, args.sprite_threshold if threshold is None else threshold))
-            if not 0 < thresholds[-1] <= 1:
-                raise ValueError(f"the threshold of {stem} is {thresholds[-1]}, expected a score above 0, at most 1")
+        for scale in scales:
+            bank = load_sprites([folder / path for path in SPRITES[event]], scale, mirror=event == "ATTACK")
+            bank.names = [name.removeprefix(f"{folder}/") for name in bank.names]
+            for name in bank.names:
+                stem = Path(name.removesuffix(" mirrored")).stem
+                thresholds.append(single.get(stem, args.sprite_threshold if threshold is None else threshold))
+                if not 0 < thresholds[-1] <= 1:
+                    raise ValueError(
+                        f"the threshold of {stem} is {thresholds[-1]}, expected a score above 0, at most 1"
+                    )
+            if scale != 1:
+                bank.names = [f"{name} x{scale:g}" for name in bank.names]
+            banks.append(bank)
+            events += [event] * len(bank.names)
+            sizes += [scale] * len(bank.names)
     bank, thresholds = join(*banks), np.array(thresholds)
-    return Sprites(make_finder(bank, np.maximum(0.01, thresholds - KEPT)), bank.names, events, thresholds)
+    return Sprites(make_finder(bank, np.maximum(0.01, thresholds - KEPT)), bank.names, events, sizes, thresholds)
+
+
+def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name: str) -> float | None:
+    """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
+    no sprite is to be seen. 1 is tried first, then SCALES, then what lies around the best of them."""
+    stride = max(1, n_frames // SAMPLE)
+    frames = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
+    best: dict[float, float] = {}  # highest score by scale
+
+    def search(scales: list[float], note: str):
+        h, w = (max(t.shape[i] for t in load_all_sprites(args).finder.bank.templates) for i in (0, 1))
+        scales = [scale for scale in scales if scale * h < reader.height - 1 and scale * w < reader.width - 1]
+        sprites = load_all_sprites(args, tuple(scales))
+        for part in tqdm(frames, desc=f"{name}: size of the sprites, {note}", unit="part", leave=False):
+            for hits in find(part.to(device).float(), sprites.finder):
+                for score, t, _, _ in hits:
+                    best[sprites.scales[t]] = max(score, best.get(sprites.scales[t], 0))
+
+    search([1.0], "as drawn")
+    if best.get(1.0, 0) < CLEAR:
+        search([scale for scale in SCALES if scale != 1], "others")
+        if best:
+            around = max(best, key=best.get)
+            search([round(around * (1 + k / 100), 3) for k in (-3, -2, -1, 1, 2, 3)], "fine")
+    return max(best, key=best.get) if best and max(best.values()) >= args.sprite_threshold else None
 
 
 def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
@@ -335,16 +373,19 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
     for template in sprites.finder.bank.templates:
         pixels.update(template.numpy().tobytes())
     recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride")}
-    return recording | {"sprites": pixels.hexdigest()}
+    return recording | {"sprites": pixels.hexdigest(), "scales": json.dumps(list(dict.fromkeys(sprites.scales)))}
+
+
+def scan_of(folder: Path) -> dict[str, str]:
+    """The metadata of a session's detections.parquet, empty where there is none."""
+    path = folder / "detections.parquet"
+    metadata = read_table(path, DETECTIONS).schema.metadata if path.exists() else {}
+    return {k.decode(): v.decode() for k, v in (metadata or {}).items()}
 
 
 def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:
     """Those of detections.parquet, None where they were searched otherwise or leave out what is asked for now."""
-    path = folder / "detections.parquet"
-    if not path.exists():
-        return None
-    table = read_table(path, DETECTIONS)
-    made = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    made = scan_of(folder)
     if any(made.get(key) != value for key, value in wanted.items()):
         return None
     least = json.loads(made["least"])
@@ -353,7 +394,7 @@ def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> l
     number = {name: t for t, name in enumerate(sprites.names)}
     return [
         Sighting(row["frame_idx"], row["event"], number[row["sprite"]], row["score"], row["y"], row["x"])
-        for row in table.to_pylist()
+        for row in read_table(folder / "detections.parquet", DETECTIONS).to_pylist()
     ]
 
 
@@ -395,24 +436,23 @@ def install_labels(folder: Path):
 def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str]:
     """What the labels were made from and with. `recording_*` tell whether they still belong to the recording."""
     gamma = args.gamma if args.half_life_s is None else gamma_from_half_life(args.half_life_s, session.fps)
-    names = "detect_events sprite_threshold death_threshold attack_threshold template_thresholds event_stride "
-    names += "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s respawn_gap_s "
-    names += "death_reward win_reward attack_reward survival_bonus"
+    names = "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales "
+    names += (
+        "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s respawn_gap_s "
+    )
+    names += "respawn_gap_s death_reward win_reward attack_reward survival_bonus"
     settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
     recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}
     return {k: str(v) for k, v in (settings | recording).items()}
 
 
-def size_warning(session: Session, width: int, height: int) -> str:
-    """What to know about a recording in whose size sprites are not drawn pixel by pixel; empty for all others."""
-    if 640 <= width <= 1368 and 480 <= height <= 800:
-        return ""
-    drawn = "smaller" if width < 640 or height < 480 else "larger"
-    return (
-        f"{session.name}: recorded at {width}x{height}. SuperTux draws its sprites {drawn} in windows that are not "
-        "between 640x480 and 1368x800, and a picture scaled afterwards shows them so, too: deaths and squished enemies "
-        "will be missed. Record a window of 640x480 to 1368x800 at its own size."
-    )
+def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
+    """The numbers of --sprite-scales, none for auto. Raises ValueError for what is no size."""
+    if words == ("auto",):
+        return ()
+    if not all(re.fullmatch(r"\d*\.?\d+", word) and 0.25 <= float(word) <= 4 for word in words):
+        raise ValueError(f"--sprite-scales {' '.join(words)}: expected auto, or numbers from 0.25 to 4")
+    return tuple(dict.fromkeys(float(word) for word in words))
 
 
 def check_labels(folder: Path, metadata: dict[str, str]) -> None:
@@ -430,6 +470,28 @@ def check_labels(folder: Path, metadata: dict[str, str]) -> None:
     ]
     note = f" (made with {'; '.join(changed)})" if changed else ""
     print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")
+
+
+def pick_scales(
+    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict, known: dict
+) -> tuple[float, ...]:
+    """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or that another
+    recording as wide and high showed (`known`), or that this one shows."""
+    scales, size = read_scales(args.sprite_scales), (reader.width, reader.height)
+    if scales:
+        return scales
+    made = scan_of(session.folder)
+    if not args.rescan and all(made.get(key) == metadata[key] for key in ("recording_frames", "recording_bytes")):
+        return tuple(json.loads(made["scales"]))
+    if size not in known:
+        scale = find_scale(args, reader, int(metadata["recording_frames"]), device, session.name)
+        if scale is None:
+            print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
+            return (1.0,)
+        if scale != 1:
+            print(f"{session.name}: sprites are {scale:g} times as large as drawn; --sprite-scales says otherwise")
+        known[size] = (scale,)
+    return known[size]
 
 
 def label_session(
@@ -526,11 +588,13 @@ def main(args: Args) -> dict:
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
         folders = find_sessions(args.data_dir)
-        sprites = load_all_sprites(args) if args.detect_events else None
+        if args.detect_events:
+            load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
     sessions, failures, totals, done, stopped = {}, [], {}, {"labelled": 0, "kept": 0}, False
+    known: dict[tuple[int, int], tuple[float, ...]] = {}  # sizes of sprites by width and height of the recording
     for folder in folders:
         try:
             # Read
@@ -538,13 +602,14 @@ def main(args: Args) -> dict:
             n = min(session.n_frames, reader.n_frames)
             if session.n_frames != reader.n_frames:
                 print(f"{folder}: {session.n_frames} rows, {reader.n_frames} video frames; the first {n} are labelled")
-            if args.detect_events and (warning := size_warning(session, reader.width, reader.height)):
-                print(warning)
 
             # Label
             metadata = label_metadata(args, session, n)
             install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
+                sprites = None
+                if args.detect_events:
+                    sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata, known))
                 label_session(args, session, reader, sprites, device, metadata)
                 done["labelled"] += 1
             else:

@@ -312,10 +312,8 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
         for factor in factors:
             small, scores = shrink_alike([full[t] for t in group], shared, factor)
             if min(scores) >= RECOGNISABLE:
-                look, those = (
-                    looks[factor],
-                    [(*small[i], min(NEAR * scores[i], near[1][t].item())) for i, t in enumerate(group)],
-                )
+                near_here = [min(NEAR * score, near[1][t].item()) for t, score in zip(group, scores, strict=True)]
+                look, those = looks[factor], [(*pair, score) for pair, score in zip(small, near_here, strict=True)]
                 break
         else:
             look, those = looks[1], [(*full[t], near[1][t].item() - SCORE_ERROR) for t in group]

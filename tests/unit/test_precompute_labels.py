@@ -1,6 +1,8 @@
 """Events, episodes, rewards and label files: hand-worked cases, and whole sessions with a made-up sprite."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from common.sessions import (
     write_table,
 )
 from common.template_matching import load_sprites, match
-from common.video import grey, resize
+from common.video import VideoReader, grey, resize
 from precompute_labels import (
     Args,
     Sighting,
@@ -37,7 +39,6 @@ from precompute_labels import (
     episode_rewards,
     find_episodes,
     main,
-    size_warning,
     truth_table,
     win_events,
     write_labels,
@@ -342,7 +343,6 @@ def test_labels_of_a_session(dataset, capsys):
     assert result["truth"]["WIN", "128x96"]["hits"] == 1
     out = capsys.readouterr().out
     assert "| DEATH | all | 2 | 2 | 0 | 0 | 1.000 | 1.000 | 40 ms, 40 ms |" in out
-    assert "run_b: recorded at 128x96. SuperTux draws its sprites smaller" in out
     assert out.splitlines()[-1] == "2 sessions: 2 labelled, 0 kept, 0 failed; DEATH 2, ATTACK 2, WIN 1"
     assert not list(dataset.glob("run_*/.*"))  # nothing temporary left
 
@@ -409,6 +409,28 @@ def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
     enemy = dataset / "sprites" / "creatures" / "snowball" / "squished-left.png"
     Image.open(enemy).rotate(180).save(enemy)
     assert label(event_stride=2) == (2, 2)
+
+
+@pytest.mark.parametrize("scale", [0.94, 1.25])
+def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
+    """A recording scaled as a whole: auto finds how large its sprites are, and uses it for others of that size."""
+    folder = dataset / "scaled" / "run_a"
+    reader = VideoReader(dataset / "run_a" / "recording.mp4")
+    height, width = (2 * round(scale * side / 2) for side in FRAME_SIZE)
+    pictures = resize(reader.read(0, N), height, width).permute(0, 2, 3, 1).numpy()
+    write_session(folder, N, pictures=pictures, keys={"KEY_RIGHT": np.ones(N, bool)}, labels=False)
+
+    def label(**changes):
+        options = {"sprites": dataset / "sprites", "overwrite": True} | changes
+        return main(arguments(dataset / "scaled", **options))["sessions"]["run_a"]["DEATH"]
+
+    assert label() == 2
+    found = re.search(r"run_a: sprites are ([\d.]+) times as large as drawn", capsys.readouterr().out)[1]
+    assert float(found) == pytest.approx(scale, rel=0.025)
+    metadata = pq.read_schema(folder / "detections.parquet").metadata
+    assert json.loads(metadata[b"scales"]) == [float(found)]
+    assert label(rescan=True) == 2 and label(sprite_scales=("1", found)) == 2
+    assert label(sprite_scales=("0.5",)) == 0
 
 
 def test_stride_finds_the_same_deaths_within_the_stride(dataset):
@@ -564,6 +586,8 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
 
     fails("no sprites.*gameover-0.png.*supertux-data.*--sprites", sprites=tmp_path / "nothing")
     fails("event-stride is 0", event_stride=0)
+    fails("--sprite-scales 1 big: expected auto, or numbers", sprite_scales=("1", "big"))
+    fails("--sprite-scales 9: expected auto, or numbers", sprite_scales=("9",))
     fails("--gamma 1.5 .*expected a gamma of 0 to 1", gamma=1.5)
     fails("--half-life-s 0.*half-life above 0", half_life_s=0)
     fails("--device foo: expected", device="foo")
@@ -620,14 +644,6 @@ def test_table_of_the_comparison_adds_up_the_sizes():
         "| DEATH | 800x600 | 4 | 3 | 3 | 2 | 0.333 | 0.250 | 90 ms, 90 ms |",
         "| DEATH | all | 8 | 6 | 5 | 3 | 0.500 | 0.375 | 50 ms, 90 ms |",
     ]
-
-
-def test_sizes_that_the_game_scales_are_warned_about(dataset):
-    session = load_session(dataset / "run_a")
-    for width, height in ((640, 480), (800, 600), (1368, 800)):
-        assert size_warning(session, width, height) == ""
-    assert "320x240" in size_warning(session, 320, 240) and "smaller" in size_warning(session, 640, 478)
-    assert "larger" in size_warning(session, 1920, 1080)
 
 
 def test_recording_without_truth_is_labelled_and_said_so(dataset, capsys):
