@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -54,7 +55,7 @@ TOLERANCE_S = {"DEATH": 0.5, "ATTACK": 0.3, "WIN": 0.5}  # an event this close t
 KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
 SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
 CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
-SAMPLE = 200  # frames in which the size is looked for
+SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
@@ -344,27 +345,37 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
 
 def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name: str) -> float | None:
     """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
-    no sprite is to be seen. 1 is tried first, then SCALES, then what lies around the best of them."""
+    no sprite is to be seen. 1 is tried first, then frames scaled the other way by SCALES, then sprites scaled by what
+    lies around the best of these, in the frames that it was seen in."""
     stride = max(1, n_frames // SAMPLE)
-    frames = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
-    best: dict[float, float] = {}  # highest score by scale
+    sample = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
+    frames, drawn = torch.cat(sample)[:, None], load_all_sprites(args)  # (n, 1, H, W)
+    largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
 
-    def search(scales: list[float], note: str):
-        h, w = (max(t.shape[i] for t in load_all_sprites(args).finder.bank.templates) for i in (0, 1))
-        scales = [scale for scale in scales if scale * h < reader.height - 1 and scale * w < reader.width - 1]
-        sprites = load_all_sprites(args, tuple(scales))
-        for part in tqdm(frames, desc=f"{name}: size of the sprites, {note}", unit="part", leave=False):
-            for hits in find(part.to(device).float(), sprites.finder):
-                for score, t, _, _ in hits:
-                    best[sprites.scales[t]] = max(score, best.get(sprites.scales[t], 0))
+    def search(scale: float) -> list[float]:  # best score of each frame
+        size = [round(side / scale) for side in frames.shape[2:]]
+        if size[0] < largest[0] or size[1] < largest[1]:
+            return [0.0]
+        parts = (part.to(device).float() for part in frames.split(8))
+        if scale != 1:
+            parts = (F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts)
+        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part[:, 0], drawn.finder)]
 
-    search([1.0], "as drawn")
-    if best.get(1.0, 0) < CLEAR:
-        search([scale for scale in SCALES if scale != 1], "others")
-        if best:
-            around = max(best, key=best.get)
-            search([round(around * (1 + k / 100), 3) for k in (-3, -2, -1, 1, 2, 3)], "fine")
-    return max(best, key=best.get) if best and max(best.values()) >= args.sprite_threshold else None
+    best = {1.0: search(1.0)}
+    if max(best[1.0]) < CLEAR:
+        scales = tqdm([scale for scale in SCALES if scale != 1], desc=f"{name}: size of the sprites", leave=False)
+        best |= {scale: search(scale) for scale in scales}
+    scale = max(best, key=lambda scale: max(best[scale]))
+    if max(best[scale]) < args.sprite_threshold:
+        return None
+    if max(best[1.0]) >= CLEAR:
+        return 1.0
+    clearest = frames[np.argsort(best[scale])[-SURE:], 0].to(device).float()
+    fine = {}
+    for around in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]:
+        hits = find(clearest, load_all_sprites(args, (around,)).finder)
+        fine[around] = max((those[0][0] for those in hits if those), default=0.0)
+    return max(fine, key=fine.get)
 
 
 def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
