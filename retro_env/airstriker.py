@@ -15,8 +15,8 @@ from scipy.ndimage import find_objects, label
 STAY, LEFT, RIGHT = 0, 3, 4  # movements of retro_env.game.MOVEMENTS; up and down do nothing here
 N_ACTIONS = 18
 MIX = (  # PLAYER=SHARE of the games
-    *("random=0.1", "sticky=0.1", "hesitant=0.2"),
-    *("shooter:0=0.1", "shooter:0.3=0.2", "shooter:1=0.3"),
+    *("random=0.1", "sticky=0.1", "hesitant=0.3"),
+    *("shooter:0=0.1", "shooter:0.3=0.1", "shooter:1=0.3"),
 )
 STATUS_ROWS = 24  # lives and score
 SHIP_TOP, SHIP_HEIGHT, SHIP_WIDTH, SHIP_LEFT_MOST, SHIP_RIGHT_MOST, SHIP_SPEED = 182, 24, 22, 10, 285, 15
@@ -179,19 +179,25 @@ class Shooter:
 
 
 class Hesitant(Shooter):
-    """A shooter that holds its fire half of the time, 15 to 45 steps on end, whatever is above it. The others fire at
-    all that they see, and a model of their games learns that enemies explode, not that shots do it."""
+    """A shooter that half of the time, for 15 to 45 steps on end, holds its fire, stays where it is, or both, whatever
+    is above it. The others fire at all that they see and get out of the way of all that comes: a model of their games
+    learns that enemies explode, not that shots do it, and that nothing hits a ship that stays."""
 
     def reset(self, seed: int):
         super().reset(seed)
-        self.resting, self.left = False, int(self.rng.integers(15, 46))
+        self.holds_fire = self.holds_still = False
+        self.left = int(self.rng.integers(15, 46))
 
     def decide(self, ship: int | None, enemies: list, rocks: list, shots: list) -> tuple[int, bool]:
         self.left -= 1
         if self.left == 0:
-            self.resting, self.left = not self.resting, int(self.rng.integers(15, 46))
-        self.fired |= self.resting  # as if it had not let go yet
-        return super().decide(ship, enemies, rocks, shots)
+            holds = self.holds_fire or self.holds_still
+            way = 0 if holds else int(self.rng.integers(1, 4))
+            self.holds_fire, self.holds_still = bool(way & 1), bool(way & 2)
+            self.left = int(self.rng.integers(15, 46))
+        self.fired |= self.holds_fire  # as if it had not let go yet
+        movement, fire = super().decide(ship, enemies, rocks, shots)
+        return STAY if self.holds_still else movement, fire
 
 
 def hits(x: int, box: tuple) -> bool:

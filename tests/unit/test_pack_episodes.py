@@ -507,14 +507,22 @@ def test_the_shooter_goes_under_an_enemy_fires_there_and_gets_out_of_the_way():
     assert not any(action % 2 for action in play(8, 130)[1])
 
 
-def test_the_hesitant_player_holds_its_fire_half_of_the_time():
+def test_the_hesitant_player_holds_its_fire_and_its_place_at_times():
+    """An enemy that it can never stand under: it moves and fires all the time, but for what it holds."""
     player, actions = airstriker.Hesitant(), []
     player.reset(0)
-    for _ in range(400):
-        actions.append(player.act(screen(130, enemies=[(40, 130)])))
-    presses = np.flatnonzero(np.array(actions) % 2)
-    gaps = np.diff(presses)
-    assert 60 < len(presses) < 140 and set(gaps[gaps < 15]) == {2} and (gaps >= 15).sum() >= 3
+    for step in range(1200):
+        actions.append(player.act(screen(130, enemies=[(40, 160 if step % 2 else 100)])))
+    moves, presses = np.array(actions) // 2 != 0, np.array(actions) % 2 > 0
+    stretches = {"fire": longest(~presses), "still": longest(~moves)}
+    assert all(15 <= length <= 50 for length in stretches.values()), stretches
+    assert 0.25 < presses.mean() < 0.45 and 0.5 < moves.mean() < 0.9
+
+
+def longest(held: np.ndarray) -> int:
+    """Rows of the longest stretch of True."""
+    edges = np.flatnonzero(np.diff(np.r_[0, held.astype(int), 0]))
+    return int(np.diff(edges)[::2].max(initial=0))
 
 
 def test_the_mix_is_close_to_its_shares_after_any_number_of_games():
