@@ -121,25 +121,23 @@ def print_play(play: dict):
 def main(folder: Path, results: Path):
     seconds = dict(line.split(": ") for line in (folder / "seconds.txt").read_text().splitlines())
     seconds = {name: int(spent.split()[0]) for name, spent in seconds.items()}
-    names = ["packed", "sample", *(name for name in ("imagine", *ABLATIONS) if name in seconds)]
-    found = {name: load_run(folder, name) for name in names}
-    found["packed"]["holds"] = agent_holds(found["packed"])
-    if "imagine" in found:
-        found["imagine"]["holds"] = imagine_holds(found["imagine"])
-    found["sample"]["holds"] = beats_random(found["sample"]["play"]["score"])
-    for name in names[:3]:
+    names = ("packed", "sample", "imagine", *ABLATIONS)  # those that ran
+    found = {name: load_run(folder, name) for name in names if list((folder / "runs").glob(f"*__{name}__*/eval.json"))}
+    bars = {"packed": agent_holds, "imagine": imagine_holds, "sample": lambda run: beats_random(run["play"]["score"])}
+    for name in (name for name in found if name in bars):
         run = found[name]
+        run["holds"] = bars[name](run)
         print(f"\n**{name}**, {run['minutes']:.1f} minutes of training\n")
         if name != "imagine":
             print_agent(run)
-        if "play" in run:
-            print_play(run["play"])
+        print_play(run["play"])
         print()
         for bar, holds in run["holds"].items():
             print(f"{bar}: {'holds' if holds else 'MISSED'}")
-    if names[2:]:
+    dreamt = [name for name in found if "dreams" in found[name]]
+    if dreamt:
         print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
-    for name in names[2:]:
+    for name in dreamt:
         if name in ABLATIONS:
             add_differences(found[name]["play"], found["imagine"]["play"]["scores"])
         dreams, minus = found[name]["dreams"], found[name]["play"]["minus_bc"]
