@@ -13,11 +13,14 @@ the events with truth.parquet, which scripted recordings have. Page: docs/precom
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 from dataclasses import dataclass, replace
 from itertools import groupby
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,8 @@ class Args:
     """label sessions again that have labels; what was found in their videos is used again if the search was the same"""
     rescan: bool = False
     """with overwrite, search the videos again all the same"""
+    num_workers: int = 1
+    """sessions whose videos are searched at a time, each in a process, 1 or more"""
     truth: bool = False
     """compare with truth.parquet and print precision, recall and time offsets"""
 
@@ -102,6 +107,8 @@ class Args:
     win_key_cooldown_s: float = 30.0
     """seconds after a win in which there is no other"""
 
+    min_event_confidence: float = 0.0
+    """events less sure than this are in events.parquet, but end no episode and bring no reward; 0 to 1"""
     respawn_gap_s: float = 3.0
     """seconds after a death or win that belong to no episode"""
     death_reward: float = -1.0
@@ -451,7 +458,7 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
     names += (
         "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s respawn_gap_s "
     )
-    names += "respawn_gap_s death_reward win_reward attack_reward survival_bonus"
+    names += "min_event_confidence respawn_gap_s death_reward win_reward attack_reward survival_bonus"
     settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
     recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}
     return {k: str(v) for k, v in (settings | recording).items()}
@@ -483,41 +490,76 @@ def check_labels(folder: Path, metadata: dict[str, str]) -> None:
     print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")
 
 
-def pick_scales(
-    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict, known: dict
-) -> tuple[float, ...]:
-    """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or that another
-    recording as wide and high showed (`known`), or that this one shows."""
-    scales, size = read_scales(args.sprite_scales), (reader.width, reader.height)
-    if scales:
+def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
+    """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or shows."""
+    if scales := read_scales(args.sprite_scales):
         return scales
     made = scan_of(session.folder)
     if not args.rescan and all(made.get(key) == metadata[key] for key in ("recording_frames", "recording_bytes")):
         return tuple(json.loads(made["scales"]))
-    if size not in known:
-        scale = find_scale(args, reader, int(metadata["recording_frames"]), device, session.name)
-        if scale is None:
-            print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
-            return (1.0,)
-        if scale != 1:
-            print(f"{session.name}: sprites are {scale:g} times as large as drawn; --sprite-scales says otherwise")
-        known[size] = (scale,)
-    return known[size]
+    scale = find_scale(args, reader, int(metadata["recording_frames"]), device, session.name)
+    if scale is None:
+        print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
+    elif scale != 1:
+        print(f"{session.name}: sprites are {scale:g} times as large as drawn; --sprite-scales says otherwise")
+    return (scale or 1.0,)
 
 
-def label_session(
-    args: Args, session: Session, reader: VideoReader, sprites: Sprites | None, device: str, metadata: dict
-) -> None:
+def detect(
+    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
+) -> tuple[Sprites, list[Sighting]]:
+    """The sprites to look for in a session, and where they are: from its detections.parquet, else searched, written."""
+    sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
+    scan = scan_metadata(sprites, metadata)
+    detections = None if args.rescan else load_detections(session.folder, sprites, scan)
+    if detections is None:
+        n = int(metadata["recording_frames"])
+        with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
+            detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
+        save_detections(session.folder, detections, sprites, scan)
+    return sprites, detections
+
+
+def search(args: Args, folder: Path, device: str):
+    """A process that searches the video of one session. What is wrong with this is said when its turn comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    try:
+        session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
+        detect(args, session, reader, device, label_metadata(args, session, min(session.n_frames, reader.n_frames)))
+    except (ValueError, OSError):
+        pass
+
+
+def search_ahead(args: Args, folders: list[Path], device: str) -> dict[Path, str]:
+    """Search the videos of `folders` side by side, --num-workers processes at a time, each of which leaves a session's
+    detections.parquet. Returns why for those whose process was killed."""
+    context, todo, running, killed = multiprocessing.get_context("spawn"), list(folders), {}, {}
+    with tqdm(total=len(folders), desc="videos searched", unit="session") as bar:
+        try:
+            while todo or running:
+                while todo and len(running) < args.num_workers:
+                    process = context.Process(target=search, args=(args, todo[0], device), daemon=True)
+                    process.start()
+                    running[process.sentinel] = process, todo.pop(0)
+                for sentinel in wait(list(running)):
+                    process, folder = running.pop(sentinel)
+                    process.join()
+                    if process.exitcode:
+                        killed[folder] = f"the process that searched its video ended with {process.exitcode}"
+                    bar.update()
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.join()
+    return killed
+
+
+def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
     """Find events, episodes and returns of one session and write them."""
     n, deaths, attacks = int(metadata["recording_frames"]), [], []
     times = session.timestamps[:n]  # (n,) ms
-    if sprites:
-        scan = scan_metadata(sprites, metadata)
-        detections = None if args.rescan else load_detections(session.folder, sprites, scan)
-        if detections is None:
-            with tqdm(total=n, desc=session.name, unit="frame") as bar:
-                detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
-            save_detections(session.folder, detections, sprites, scan)
+    if args.detect_events:
+        sprites, detections = detect(args, session, reader, device, metadata)
         seen = {event: find_sightings(detections, sprites, event) for event in SPRITES}
         deaths = death_events(seen["DEATH"], times, args.death_min_gap_s, args.event_stride)
         attacks = attack_events(seen["ATTACK"], times)
@@ -533,8 +575,9 @@ def label_session(
     events = [(frame, "DEATH", peak) for frame, peak in deaths] + [(frame, "WIN", 1.0) for frame in wins]
     events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
     outcomes = {"DEATH": args.death_reward, "WIN": args.win_reward}
-    episodes = find_episodes([(frame, name) for frame, name, _ in events], times, outcomes, args.respawn_gap_s)
-    gamma, hits = float(metadata["gamma"]), [frame for frame, _ in attacks]
+    sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
+    episodes = find_episodes(sure, times, outcomes, args.respawn_gap_s)
+    gamma, hits = float(metadata["gamma"]), [frame for frame, name in sure if name == "ATTACK"]
     rewards = [episode_rewards(e, hits, args.survival_bonus, args.attack_reward, gamma) for e in episodes]
     write_labels(
         session.folder,
@@ -586,12 +629,15 @@ def main(args: Args) -> dict:
     Sessions that cannot be read do not stop the others; they end the program with status 1 and a list. Ctrl-C ends it
     with status 130; each session has then its new labels, or what it had before. The last line tells what was done.
     """
-    if args.event_stride < 1:
-        raise SystemExit(f"--event-stride is {args.event_stride}, expected 1 or more")
+    for name in ("event_stride", "num_workers"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
     if args.win_key not in KEY_CODES:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
         )
+    if not 0 <= args.min_event_confidence <= 1:
+        raise SystemExit(f"--min-event-confidence is {args.min_event_confidence}, expected 0 to 1")
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
         given = f"--gamma {args.gamma} --half-life-s {args.half_life_s}"
         raise SystemExit(f"{given}: expected a gamma of 0 to 1, and a half-life above 0")
@@ -605,9 +651,16 @@ def main(args: Args) -> dict:
         raise SystemExit(str(error)) from None
 
     sessions, failures, totals, done, stopped = {}, [], {}, {"labelled": 0, "kept": 0}, False
-    known: dict[tuple[int, int], tuple[float, ...]] = {}  # sizes of sprites by width and height of the recording
+    unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
+    try:
+        killed = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    args = replace(args, rescan=args.rescan and args.num_workers == 1)  # the others were searched again just now
     for folder in folders:
         try:
+            if folder in killed:
+                raise RuntimeError(f"{killed[folder]}. Try --num-workers 1")
             # Read
             session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
             n = min(session.n_frames, reader.n_frames)
@@ -618,10 +671,7 @@ def main(args: Args) -> dict:
             metadata = label_metadata(args, session, n)
             install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                sprites = None
-                if args.detect_events:
-                    sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata, known))
-                label_session(args, session, reader, sprites, device, metadata)
+                label_session(args, session, reader, device, metadata)
                 done["labelled"] += 1
             else:
                 check_labels(folder, metadata)
@@ -651,7 +701,7 @@ def main(args: Args) -> dict:
         except KeyboardInterrupt:
             stopped = True
             break
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{folder}: {error}")
 
     if args.truth and totals:

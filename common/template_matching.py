@@ -38,7 +38,7 @@ NEAR = 0.95  # times that score: from there on a closer look decides
 CELLS = 24  # opaque pixels that a small template has at least
 SHARED = 0.8  # of their opaque pixels that templates have in common at least to be looked for with one mask
 AROUND = 2  # pixels around a place that a closer look compares
-PLACES_AT_ONCE = 64
+WINDOW_PIXELS = 4 * 2**20  # that it compares at once
 
 
 @dataclass
@@ -246,6 +246,8 @@ class Finder:
 def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int, rim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A template and its mask (h, w) made smaller by `factor`, of the cells whose pixels are all opaque, and `rim` or
     more pixels inside: a small sprite is mostly rim, and cells that are half background resemble anything."""
+    if min(mask.shape) < factor:
+        return torch.zeros(1, 1), torch.zeros(1, 1)
     inside = 1 - F.max_pool2d(F.pad(1 - mask[None], (rim,) * 4, value=1), 2 * rim + 1, 1)
     inside = F.avg_pool2d(inside, factor)[0] == 1
     cells = F.avg_pool2d(template[None], factor)[0]
@@ -256,9 +258,9 @@ def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int, rim: int) ->
 def worst_self_score(template: torch.Tensor, mask: torch.Tensor, small: torch.Tensor, cells: torch.Tensor) -> float:
     """The score of `small` with its mask `cells` where a frame made smaller shows `template` with its `mask`: at the
     best position, for the worst place of the template between cells, on a dark, an even and a light ground."""
-    factor = template.shape[0] // small.shape[0]
     if cells.sum() < CELLS:
         return 0.0
+    factor = template.shape[0] // small.shape[0]
     template = template * (50 / template[mask > 0].std())  # grey levels, as FLAT
     scenes = []
     for ground in (-150.0, 0.0, 150.0):
@@ -373,20 +375,25 @@ def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tup
     """The best positions of `frames` (N, H, W) float32 within AROUND of `places` (K, 4): frame, template, y, x; `stack`
     as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
     templates, masks, sizes = (part.to(frames.device) for part in stack)
-    (H, W), (h, w), side = frames.shape[1:], templates.shape[1:], 2 * AROUND + 1
+    (H, W), side = frames.shape[1:], 2 * AROUND + 1
+    h, w = sizes[places[:, 1]].amax(0).tolist() if len(places) else (1, 1)
+    at_once = max(1, WINDOW_PIXELS // (side**2 * h * w))
+    if len(places) > at_once:
+        parts = [closer_look(frames, part, stack) for part in places.split(at_once)]
+        return torch.cat([scores for scores, _ in parts]), torch.cat([best for _, best in parts])
     n, t, y, x = places.T
     steps = torch.arange(-AROUND, AROUND + 1, device=frames.device)
     rows = (y[:, None] + torch.arange(-AROUND, h + AROUND, device=frames.device)).clamp_(0, H - 1)
     columns = (x[:, None] + torch.arange(-AROUND, w + AROUND, device=frames.device)).clamp_(0, W - 1)
     crops = frames[n[:, None, None], rows[:, :, None], columns[:, None]].double()  # (K, h + 2 AROUND, w + 2 AROUND)
-    template, mask = templates[t].flatten(1)[:, :, None], masks[t].flatten(1)[:, :, None]  # (K, h w, 1)
+    template, mask = (part[t, :h, :w].flatten(1)[:, :, None] for part in (templates, masks))  # (K, h w, 1)
     count = mask.sum(1)  # (K, 1)
     crops = crops - crops.mean((1, 2), keepdim=True)
     windows = crops.unfold(1, h, 1).unfold(2, w, 1).reshape(len(places), side**2, h * w)
     mean = (windows @ mask)[..., 0] / count
     variance = (windows.square() @ mask)[..., 0] / count - mean.square()  # (K, side^2)
     score = (windows @ template)[..., 0] / (count * variance.clamp(min=FLAT**2)).sqrt()
-    score = torch.where(variance > FLAT**2, score, 0.0)
+    score = torch.where(variance > FLAT**2, score, 0.0).clamp(-1, 1)
     top, left = (y[:, None] + steps)[:, :, None], (x[:, None] + steps)[:, None]  # (K, side, 1), (K, 1, side)
     last = (torch.tensor([H, W], device=frames.device) - sizes[t])[:, :, None, None]  # (K, 2, 1, 1)
     inside = (top >= 0) & (top <= last[:, 0]) & (left >= 0) & (left <= last[:, 1])
@@ -409,21 +416,17 @@ def find(frames: torch.Tensor, finder: Finder) -> list[list[tuple[float, int, in
     check_sizes(finder.bank, *frames.shape[1:])
     hits: list[list] = [[] for _ in frames]
     for i in range(0, len(frames), FRAMES_AT_ONCE):
-        sizes = {1: frames[i : i + FRAMES_AT_ONCE]}
-        for factor in finder.stacks.keys() - {1}:
-            sizes[factor] = F.avg_pool2d(sizes[1], factor, ceil_mode=True)
+        sizes, last = {1: frames[i : i + FRAMES_AT_ONCE]}, 1
+        for factor in sorted(finder.stacks)[1:]:
+            sizes[factor], last = F.avg_pool2d(sizes[last], factor // last, ceil_mode=True), factor
         for look in finder.looks:
             places, coarse = first_look(sizes[look.factor], look), look.factor
-            while True:
-                factor = max(1, coarse // 2)
+            for factor in sorted((f for f in finder.stacks if f < coarse), reverse=True) or [1]:
                 places[:, 2:] *= coarse // factor
-                parts = [closer_look(sizes[factor], p, finder.stacks[factor]) for p in places.split(PLACES_AT_ONCE)]
-                scores, places = (torch.cat(part) for part in zip(*parts, strict=True))
+                scores, places = closer_look(sizes[factor], places.unique(dim=0), finder.stacks[factor])
                 near = scores >= finder.near[factor].to(scores)[places[:, 1]]
                 scores, places, coarse = scores[near], places[near], factor
-                if factor == 1:
-                    break
-            for score, (n, *hit) in zip(scores.tolist(), places.tolist(), strict=True):
+            for score, (n, *hit) in zip(scores.float().tolist(), places.tolist(), strict=True):
                 hits[i + n].append((score, *hit))
     for n, those in enumerate(hits):
         best = []

@@ -435,6 +435,62 @@ def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
     assert label(sprite_scales=("0.5",)) == 0
 
 
+def tables(dataset):
+    names = ("detections", "events", "episodes", "returns")
+    return {path: pq.read_table(path) for name in names for path in sorted(dataset.glob(f"run_*/{name}.parquet"))}
+
+
+def test_several_workers_find_what_one_finds(dataset, capsys):
+    main(arguments(dataset))
+    alone = tables(dataset)
+    assert len(alone) == 8
+    for path in alone:
+        path.unlink()
+    main(arguments(dataset, num_workers=2))
+    assert all(table.equals(alone[path]) for path, table in tables(dataset).items()) and len(tables(dataset)) == 8
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 sessions: 2 labelled, 0 kept, 0 failed")
+
+
+def test_doubtful_events_end_no_episode_and_bring_no_reward(dataset):
+    main(arguments(dataset))
+    events = read_table(dataset / "run_b" / "events.parquet", EVENTS)
+    least = {
+        name: read_table(dataset / name / "events.parquet", EVENTS)["confidence"].to_pylist()
+        for name in ("run_a", "run_b")
+    }
+    bar = float(np.nextafter(max(least["run_b"] + least["run_a"][:2]), 2))
+    main(arguments(dataset, overwrite=True, min_event_confidence=bar))
+    assert read_table(dataset / "run_b" / "events.parquet", EVENTS).equals(events)
+    assert set(read_table(dataset / "run_b" / "returns.parquet", RETURNS)["reward"].to_pylist()) == {0.0}
+    episodes = read_table(dataset / "run_a" / "episodes.parquet", EPISODES)
+    assert bounds(episodes.to_pylist()) == [(0, 114, "WIN", 1, 115)]
+
+
+def search_or_die(args, folder, device):
+    """Stands in for `search` in a process of its own: that of run_a is killed half-way."""
+    if folder.name == "run_a":
+        write_table(folder / "detections.parquet", {name: [] for name in DETECTIONS.names}, DETECTIONS)
+        (folder / "detections.parquet").rename(folder / ".detections.parquet.tmp")
+        os.kill(os.getpid(), 9)
+    precompute_labels.search(args, folder, device)
+
+
+def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys):
+    shutil.copytree(dataset / "run_a", dataset / "run_0")
+    (dataset / "run_0" / "recording.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(precompute_labels, "search", search_or_die)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(dataset, num_workers=2))
+    message = str(stopped.value)
+    assert message.startswith("2 of 3 sessions failed") and "cannot be opened as a video" in message
+    assert "run_a: the process that searched its video ended with -9. Try --num-workers 1" in message
+    assert message.endswith("3 sessions: 1 labelled, 0 kept, 2 failed; DEATH 0, ATTACK 2, WIN 0")
+    assert {path.parent.name for path in tables(dataset)} == {"run_b"}
+    monkeypatch.undo()
+    (dataset / "run_0" / "recording.mp4").unlink()
+    assert main(arguments(dataset, num_workers=2))["sessions"]["run_a"]["DEATH"] == 2
+
+
 def test_stride_finds_the_same_deaths_within_the_stride(dataset):
     main(arguments(dataset, event_stride=4))
     events = read_table(dataset / "run_a" / "events.parquet", EVENTS).to_pydict()
@@ -495,7 +551,8 @@ def label(data_dir, write):
         real(source, target)
     os.replace = stop
     data_dir, sprites_ = script.Path(data_dir), script.Path(sprites)
-    script.main(script.Args(data_dir, sprites=sprites_, device="cpu", overwrite=True, gamma=0.5))
+    options = {"device": "cpu", "overwrite": True, "gamma": 0.5, "sprite_scales": ("1",)}
+    script.main(script.Args(data_dir, sprites=sprites_, **options))
 if len(sessions) == 1:
     label(sessions[0], 2)
 for write, session in enumerate(sessions, 1):
@@ -588,6 +645,8 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
 
     fails("no sprites.*gameover-0.png.*supertux-data.*--sprites", sprites=tmp_path / "nothing")
     fails("event-stride is 0", event_stride=0)
+    fails("num-workers is 0", num_workers=0)
+    fails("min-event-confidence is 85", min_event_confidence=85.0)
     fails("--sprite-scales 1 big: expected auto, or numbers", sprite_scales=("1", "big"))
     fails("--sprite-scales 9: expected auto, or numbers", sprite_scales=("9",))
     fails("--gamma 1.5 .*expected a gamma of 0 to 1", gamma=1.5)

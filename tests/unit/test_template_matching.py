@@ -317,6 +317,20 @@ def test_find_reports_what_the_float64_maps_have(kind, factors):
             assert near and max(near)[0] >= scores[y, x] - 1e-4
 
 
+@pytest.mark.parametrize("size", [(61, 83), (2, 3), (1, 2), (37, 1)])
+def test_find_takes_templates_of_any_size(size):
+    """From the whole frame to two pixels, in frames of which a part is flat."""
+    rng = np.random.default_rng(34)
+    grey = rng.uniform(0, 255, size)
+    bank = make_bank(["t"], [grey], [np.ones(size, bool)])
+    frame = np.full((61, 83), 128.0)
+    y, x = 61 - size[0], (83 - size[1]) // 2
+    frame[y : y + size[0], x : x + size[1]] = grey
+    (hits,) = find(torch.from_numpy(frame).float()[None], make_finder(bank, [0.99]))
+    assert (pytest.approx(1, abs=1e-6), 0, y, x) in hits
+    assert hits[0][2:] == (y, x) or size == (1, 2), "two pixels also match where the ground begins"
+
+
 def test_find_gives_the_same_for_many_frames_as_for_one():
     rng = np.random.default_rng(31)
     templates = [sprite(rng, 43, 57), sprite(rng, 43, 57), sprite(rng, 13, 33)]
