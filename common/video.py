@@ -169,8 +169,8 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def grey(frames: torch.Tensor) -> torch.Tensor:
     """BT.601 luma: uint8 (N, 3, H, W) -> float32 (N, H, W) in 0..255."""
-    red, green, blue = frames.float().unbind(1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    luma = frames[:, 0].float().mul_(0.299)
+    return luma.add_(frames[:, 1], alpha=0.587).add_(frames[:, 2], alpha=0.114)
 
 
 class VideoWriter:
