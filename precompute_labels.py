@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import dataclass, replace
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -75,7 +76,7 @@ class Args:
     overwrite: bool = False
     """label sessions again that have labels; what was found in their videos is used again if the search was the same"""
     rescan: bool = False
-    """with overwrite, search the videos again all the same"""
+    """search videos again that were searched already"""
     num_workers: int = 1
     """sessions whose videos are searched at a time, each in a process, 1 or more"""
     truth: bool = False
@@ -133,7 +134,8 @@ class Sprites:
     """The T sprites of all events, ready to be found."""
 
     finder: Finder
-    names: list[str]  # T, such as squished-left and squished-left mirrored
+    names: list[str]  # T, such as squished-left and squished-left mirrored, and x1.4 for sizes other than 1
+    kinds: list[str]  # T, the names without a size
     events: list[str]  # T
     scales: list[float]  # T
     thresholds: np.ndarray  # (T,) scores
@@ -155,26 +157,27 @@ def find_detections(
     reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm
 ) -> list[Sighting]:
     """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less."""
-    detections, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
-    try:
-        for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-            for i, hits in zip(indices, find(grey(frames.to(device)), sprites.finder), strict=True):
-                detections += [Sighting(i, sprites.events[t], t, score, y, x) for score, t, y, x in hits]
-            bar.update(min(len(indices) * stride, n_frames - bar.n))
-    finally:
-        torch.set_num_threads(threads)
+    detections = []
+    for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
+        for i, hits in zip(indices, find(grey(frames.to(device)), sprites.finder), strict=True):
+            detections += [Sighting(i, sprites.events[t], t, score, y, x) for score, t, y, x in hits]
+        bar.update(min(len(indices) * stride, n_frames - bar.n))
     return detections
 
 
 def find_sightings(detections: list[Sighting], sprites: Sprites, event: str) -> list[Sighting]:
-    """Those `detections` that score the threshold; of the event's sprites on one place the best, best first."""
-    sizes = [t.shape for t, its in zip(sprites.finder.bank.templates, sprites.events, strict=True) if its == event]
+    """Those `detections` that score the threshold, in pixels of sprites as drawn, however large they were recorded; of
+    the event's sprites on one place the best, best first. `sprite` counts those that differ in more than size."""
+    kinds = list(dict.fromkeys(sprites.kinds))
+    shapes = zip(sprites.finder.bank.templates, sprites.scales, sprites.events, strict=True)
+    sizes = [[side / scale for side in template.shape] for template, scale, its in shapes if its == event]
     h, w = (max(size[i] for size in sizes) for i in (0, 1))
     sightings = []
     for frame, group in groupby((d for d in detections if d.event == event), key=lambda d: d.frame):
-        hits = [(d.score, d.sprite, d.y, d.x) for d in group if d.score >= sprites.thresholds[d.sprite]]
-        sightings += [Sighting(frame, event, t, score, y, x) for score, t, y, x in distinct(hits, h / 2, w / 2)]
+        sure = [d for d in group if d.score >= sprites.thresholds[d.sprite]]
+        drawn = [(d, sprites.scales[d.sprite]) for d in sure]
+        hits = [(d.score, kinds.index(sprites.kinds[d.sprite]), d.y / scale, d.x / scale) for d, scale in drawn]
+        sightings += [Sighting(frame, event, kind, score, y, x) for score, kind, y, x in distinct(hits, h / 2, w / 2)]
     return sightings
 
 
@@ -329,7 +332,7 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
             raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
-    banks, events, sizes, thresholds = [], [], [], []
+    banks, kinds, events, sizes, thresholds = [], [], [], [], []
     for event, threshold in (("DEATH", args.death_threshold), ("ATTACK", args.attack_threshold)):
         for scale in scales:
             bank = load_sprites([folder / path for path in SPRITES[event]], scale, mirror=event == "ATTACK")
@@ -341,19 +344,25 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
                     raise ValueError(
                         f"the threshold of {stem} is {thresholds[-1]}, expected a score above 0, at most 1"
                     )
+            kinds += bank.names
             if scale != 1:
                 bank.names = [f"{name} x{scale:g}" for name in bank.names]
             banks.append(bank)
             events += [event] * len(bank.names)
             sizes += [scale] * len(bank.names)
     bank, thresholds = join(*banks), np.array(thresholds)
-    return Sprites(make_finder(bank, np.maximum(0.01, thresholds - KEPT)), bank.names, events, sizes, thresholds)
+    return Sprites(make_finder(bank, kept_from(thresholds)), bank.names, kinds, events, sizes, thresholds)
+
+
+def kept_from(thresholds: np.ndarray) -> np.ndarray:
+    """The scores from which places are kept."""
+    return np.maximum(0.01, thresholds - KEPT).round(6)
 
 
 def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name: str) -> float | None:
     """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
-    no sprite is to be seen. 1 is tried first, then frames scaled the other way by SCALES, then sprites scaled by what
-    lies around the best of these, in the frames that it was seen in."""
+    no sprite is to be seen in two of them. 1 is tried first, then frames scaled the other way by SCALES, then sprites
+    scaled by what lies around the best of these, in the frames that it was seen in."""
     stride = max(1, n_frames // SAMPLE)
     sample = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
     frames, drawn = torch.cat(sample)[:, None], load_all_sprites(args)  # (n, 1, H, W)
@@ -370,13 +379,14 @@ def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name
 
     best = {1.0: search(1.0)}
     if max(best[1.0]) < CLEAR:
-        scales = tqdm([scale for scale in SCALES if scale != 1], desc=f"{name}: size of the sprites", leave=False)
+        scales, note = [scale for scale in SCALES if scale != 1], f"{name}: size of the sprites"
+        scales = tqdm(scales, desc=note, leave=False, disable=args.num_workers > 1)
         best |= {scale: search(scale) for scale in scales}
     scale = max(best, key=lambda scale: max(best[scale]))
-    if max(best[scale]) < args.sprite_threshold:
-        return None
     if max(best[1.0]) >= CLEAR:
         return 1.0
+    if sum(score >= args.sprite_threshold for score in best[scale]) < 2:  # one may be chance
+        return 1.0 if max(best[1.0]) >= args.sprite_threshold else None
     clearest = frames[np.argsort(best[scale])[-SURE:], 0].to(device).float()
     fine = {}
     for around in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]:
@@ -395,10 +405,12 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
 
 
 def scan_of(folder: Path) -> dict[str, str]:
-    """The metadata of a session's detections.parquet, empty where there is none."""
-    path = folder / "detections.parquet"
-    metadata = read_table(path, DETECTIONS).schema.metadata if path.exists() else {}
-    return {k.decode(): v.decode() for k, v in (metadata or {}).items()}
+    """The metadata of a session's detections.parquet, empty where there is none that can be read."""
+    try:
+        metadata = read_table(folder / "detections.parquet", DETECTIONS).schema.metadata or {}
+    except (ValueError, OSError):
+        return {}
+    return {k.decode(): v.decode() for k, v in metadata.items()}
 
 
 def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:
@@ -407,7 +419,7 @@ def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> l
     if any(made.get(key) != value for key, value in wanted.items()):
         return None
     least = json.loads(made["least"])
-    if any(least[name] > threshold for name, threshold in zip(sprites.names, sprites.thresholds, strict=True)):
+    if any(least[name] > threshold + 1e-9 for name, threshold in zip(sprites.names, sprites.thresholds, strict=True)):
         return None
     number = {name: t for t, name in enumerate(sprites.names)}
     return [
@@ -417,7 +429,7 @@ def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> l
 
 
 def save_detections(folder: Path, detections: list[Sighting], sprites: Sprites, metadata: dict[str, str]):
-    least = dict(zip(sprites.names, sprites.finder.near[1].tolist(), strict=True))
+    least = dict(zip(sprites.names, kept_from(sprites.thresholds).tolist(), strict=True))
     columns = {
         "frame_idx": [d.frame for d in detections],
         "event": [d.event for d in detections],
@@ -495,8 +507,11 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
     if scales := read_scales(args.sprite_scales):
         return scales
     made = scan_of(session.folder)
-    if not args.rescan and all(made.get(key) == metadata[key] for key in ("recording_frames", "recording_bytes")):
-        return tuple(json.loads(made["scales"]))
+    if not args.rescan and made.get("size_from") == "auto":
+        scales = tuple(json.loads(made["scales"]))
+        wanted = scan_metadata(load_all_sprites(args, scales), metadata)
+        if all(made.get(key) == wanted[key] for key in ("recording_frames", "recording_bytes", "sprites")):
+            return scales
     scale = find_scale(args, reader, int(metadata["recording_frames"]), device, session.name)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
@@ -509,31 +524,37 @@ def detect(
     args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
 ) -> tuple[Sprites, list[Sighting]]:
     """The sprites to look for in a session, and where they are: from its detections.parquet, else searched, written."""
-    sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
-    scan = scan_metadata(sprites, metadata)
-    detections = None if args.rescan else load_detections(session.folder, sprites, scan)
-    if detections is None:
-        n = int(metadata["recording_frames"])
-        with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
-            detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
-        save_detections(session.folder, detections, sprites, scan)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
+    try:
+        sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
+        scan = scan_metadata(sprites, metadata)
+        detections = None if args.rescan else load_detections(session.folder, sprites, scan)
+        if detections is None:
+            n = int(metadata["recording_frames"])
+            with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
+                detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
+            how = "given" if read_scales(args.sprite_scales) else "auto"
+            save_detections(session.folder, detections, sprites, scan | {"size_from": how})
+    finally:
+        torch.set_num_threads(threads)
     return sprites, detections
 
 
 def search(args: Args, folder: Path, device: str):
-    """A process that searches the video of one session. What is wrong with this is said when its turn comes."""
+    """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     try:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
         detect(args, session, reader, device, label_metadata(args, session, min(session.n_frames, reader.n_frames)))
     except (ValueError, OSError):
-        pass
+        sys.exit(1)
 
 
-def search_ahead(args: Args, folders: list[Path], device: str) -> dict[Path, str]:
+def search_ahead(args: Args, folders: list[Path], device: str) -> dict[Path, int]:
     """Search the videos of `folders` side by side, --num-workers processes at a time, each of which leaves a session's
-    detections.parquet. Returns why for those whose process was killed."""
-    context, todo, running, killed = multiprocessing.get_context("spawn"), list(folders), {}, {}
+    detections.parquet. Returns their exit status, below 0 for one that was killed."""
+    context, todo, running, status = multiprocessing.get_context("spawn"), list(folders), {}, {}
     with tqdm(total=len(folders), desc="videos searched", unit="session") as bar:
         try:
             while todo or running:
@@ -544,14 +565,13 @@ def search_ahead(args: Args, folders: list[Path], device: str) -> dict[Path, str
                 for sentinel in wait(list(running)):
                     process, folder = running.pop(sentinel)
                     process.join()
-                    if process.exitcode:
-                        killed[folder] = f"the process that searched its video ended with {process.exitcode}"
+                    status[folder] = process.exitcode
                     bar.update()
         finally:
             for process, _ in running.values():
                 process.terminate()
                 process.join()
-    return killed
+    return status
 
 
 def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
@@ -653,14 +673,15 @@ def main(args: Args) -> dict:
     sessions, failures, totals, done, stopped = {}, [], {}, {"labelled": 0, "kept": 0}, False
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
-        killed = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
+        status = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
     except KeyboardInterrupt:
+        print(f"{len(folders)} sessions: none labelled; stopped by Ctrl-C, what was searched need not be again")
         raise SystemExit(130) from None
-    args = replace(args, rescan=args.rescan and args.num_workers == 1)  # the others were searched again just now
     for folder in folders:
         try:
-            if folder in killed:
-                raise RuntimeError(f"{killed[folder]}. Try --num-workers 1")
+            if status.get(folder, 0) < 0:
+                ended = f"the process that searched its video was ended by signal {-status[folder]}"
+                raise RuntimeError(f"{ended}. Try --num-workers 1")
             # Read
             session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
             n = min(session.n_frames, reader.n_frames)
@@ -671,7 +692,8 @@ def main(args: Args) -> dict:
             metadata = label_metadata(args, session, n)
             install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                label_session(args, session, reader, device, metadata)
+                again = args.rescan and status.get(folder) != 0  # else it was just now
+                label_session(replace(args, rescan=again), session, reader, device, metadata)
                 done["labelled"] += 1
             else:
                 check_labels(folder, metadata)

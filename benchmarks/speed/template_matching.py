@@ -98,8 +98,8 @@ def agreement(sessions: list[Path], sprites, count: int) -> dict:
     return facts | {"score_lower_by_at_most": worst}
 
 
-def same_events(folder: Path, sprites, strides) -> tuple[int, dict]:
-    """The largest of `strides` that finds the events of stride 1, each within precompute_labels.py's tolerance; the
+def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
+    """Those of `strides` that find the events of stride 1, each within precompute_labels.py's tolerance; the
     numbers of deaths and squished enemies."""
     session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
     times = session.timestamps[: reader.n_frames]
@@ -122,7 +122,7 @@ def same_events(folder: Path, sprites, strides) -> tuple[int, dict]:
         return all(late[name] <= 1000 * precompute_labels.TOLERANCE_S[name] for name in a)
 
     first = events(1)
-    return max(s for s in strides if equal(first, events(s))), {name: len(those) for name, those in first.items()}
+    return {s for s in strides if equal(first, events(s))}, {name: len(those) for name, those in first.items()}
 
 
 def main(args: Args):
@@ -158,7 +158,7 @@ def main(args: Args):
 
     sessions = folders[: args.labelled]
     strides = {folder: same_events(folder, sprites, (1, 2, 3, 4, 5)) for folder in sessions}
-    stride = min(largest for largest, _ in strides.values())
+    stride = max(set.intersection(*(same for same, _ in strides.values())))
 
     def decode(n):
         for _ in iter_frames(VideoReader(sessions[n % len(sessions)] / "recording.mp4")):

@@ -138,14 +138,14 @@ def main(folder: Path, results: Path):
     if dreamt:
         print("\n| dreams | gain in return | KL | likeliest - BC | drawn - BC |\n|---|---|---|---|---|")
     for name in dreamt:
-        if name in ABLATIONS:
+        if name in ABLATIONS and "imagine" in found:
             add_differences(found[name]["play"], found["imagine"]["play"]["scores"])
         dreams, minus = found[name]["dreams"], found[name]["play"]["minus_bc"]
         cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in [dreams["gain"]]]
         cells += [f"{dreams['kl']:.2f}"]
-        cells += [f"{mean:+.0f} ({low:+.0f} to {high:+.0f})" for mean, low, high in (minus[way] for way in WAYS)]
+        cells += [f"{mean:+.0f} ({low:+.0f} to {high:+.0f})" for mean, low, high in minus.values()]
         print(f"| {name} | {' | '.join(cells)} |")
-    if ROOT in results.resolve().parents:
+    if "packed" in found and ROOT in results.resolve().parents:
         picture = Image.open(found["packed"]["folder"] / "open_loop.png").convert("RGB").quantize(64)
         picture.save(ROOT / "docs" / "agent_finetune_open_loop.png", optimize=True)
     for run in found.values():

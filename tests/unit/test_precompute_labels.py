@@ -415,7 +415,7 @@ def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.94, 1.25])
 def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
-    """A recording scaled as a whole: auto finds how large its sprites are, and uses it for others of that size."""
+    """A recording scaled as a whole: auto finds how large its sprites are, also after a search at another size."""
     folder = dataset / "scaled" / "run_a"
     reader = VideoReader(dataset / "run_a" / "recording.mp4")
     height, width = (2 * round(scale * side / 2) for side in FRAME_SIZE)
@@ -432,7 +432,9 @@ def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
     metadata = pq.read_schema(folder / "detections.parquet").metadata
     assert json.loads(metadata[b"scales"]) == [float(found)]
     assert label(rescan=True) == 2 and label(sprite_scales=("1", found)) == 2
-    assert label(sprite_scales=("0.5",)) == 0
+    assert label(sprite_scales=("0.5",)) == 0 and label() == 2
+    (folder / "detections.parquet").write_bytes(b"PAR1 cut off")
+    assert label() == 2
 
 
 def tables(dataset):
@@ -440,12 +442,13 @@ def tables(dataset):
     return {path: pq.read_table(path) for name in names for path in sorted(dataset.glob(f"run_*/{name}.parquet"))}
 
 
-def test_several_workers_find_what_one_finds(dataset, capsys):
+def test_several_workers_find_what_one_finds(dataset, monkeypatch, capsys):
     main(arguments(dataset))
     alone = tables(dataset)
     assert len(alone) == 8
     for path in alone:
         path.unlink()
+    monkeypatch.setattr(precompute_labels, "find_detections", None)  # here, not in the processes
     main(arguments(dataset, num_workers=2))
     assert all(table.equals(alone[path]) for path, table in tables(dataset).items()) and len(tables(dataset)) == 8
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 sessions: 2 labelled, 0 kept, 0 failed")
@@ -483,7 +486,7 @@ def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys
         main(arguments(dataset, num_workers=2))
     message = str(stopped.value)
     assert message.startswith("2 of 3 sessions failed") and "cannot be opened as a video" in message
-    assert "run_a: the process that searched its video ended with -9. Try --num-workers 1" in message
+    assert "run_a: the process that searched its video was ended by signal 9. Try --num-workers 1" in message
     assert message.endswith("3 sessions: 1 labelled, 0 kept, 2 failed; DEATH 0, ATTACK 2, WIN 0")
     assert {path.parent.name for path in tables(dataset)} == {"run_b"}
     monkeypatch.undo()
