@@ -368,7 +368,7 @@ def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name
     frames, drawn = torch.cat(sample)[:, None], load_all_sprites(args)  # (n, 1, H, W)
     largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
 
-    def search(scale: float) -> list[float]:  # best score of each frame
+    def best_scores(scale: float) -> list[float]:  # of each frame
         size = [round(side / scale) for side in frames.shape[2:]]
         if size[0] < largest[0] or size[1] < largest[1]:
             return [0.0]
@@ -377,11 +377,10 @@ def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name
             parts = (F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts)
         return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part[:, 0], drawn.finder)]
 
-    best = {1.0: search(1.0)}
+    best = {1.0: best_scores(1.0)}
     if max(best[1.0]) < CLEAR:
-        scales, note = [scale for scale in SCALES if scale != 1], f"{name}: size of the sprites"
-        scales = tqdm(scales, desc=note, leave=False, disable=args.num_workers > 1)
-        best |= {scale: search(scale) for scale in scales}
+        scales = tqdm(SCALES, desc=f"{name}: size of the sprites", leave=False, disable=args.num_workers > 1)
+        best |= {scale: best_scores(scale) for scale in scales}
     scale = max(best, key=lambda scale: max(best[scale]))
     if max(best[1.0]) >= CLEAR:
         return 1.0
@@ -467,9 +466,7 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
     """What the labels were made from and with. `recording_*` tell whether they still belong to the recording."""
     gamma = args.gamma if args.half_life_s is None else gamma_from_half_life(args.half_life_s, session.fps)
     names = "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales "
-    names += (
-        "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s respawn_gap_s "
-    )
+    names += "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s "
     names += "min_event_confidence respawn_gap_s death_reward win_reward attack_reward survival_bonus"
     settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
     recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}

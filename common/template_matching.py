@@ -221,15 +221,12 @@ def match(frames: torch.Tensor, bank: Bank) -> tuple[torch.Tensor, torch.Tensor,
 
 @dataclass
 class Look:
-    """The first look for W templates in frames made smaller by `factor`; as a Bank but for `near`."""
+    """The first look for W templates of a bank in frames made smaller by `factor`."""
 
     factor: int
-    wanted: list[int]  # indices of the templates in the whole bank
-    templates: list[torch.Tensor]  # W x (h, w) float32, zero mean and unit norm under the mask
-    masks: list[torch.Tensor]  # M x (h, w) float32 of 0 and 1
-    mask_of: list[int]  # W indices into `masks`
-    near: list[float]  # W scores from which a closer look decides
-    spectra: dict = field(default_factory=dict)  # per size of the frames and device
+    wanted: list[int] = field(default_factory=list)  # W indices into that bank
+    bank: Bank = field(default_factory=lambda: Bank([], [], [], []))  # the templates made smaller
+    near: list[float] = field(default_factory=list)  # W scores from which a closer look decides
 
 
 @dataclass
@@ -308,7 +305,7 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
         alone = [shrink_alike([pair], pair[1], factor) for pair in full]
         pairs[factor] = [small[0] for small, _ in alone]
         near[factor] = torch.minimum(NEAR * torch.tensor([score[0] for _, score in alone]), near[1])
-    looks = {factor: Look(factor, [], [], [], [], []) for factor in (*factors, 1)}
+    looks = {factor: Look(factor) for factor in (*factors, 1)}
     for group in share_masks([mask for _, mask in full]):
         shared = torch.stack([full[t][1] for t in group]).prod(0)
         for factor in factors:
@@ -320,11 +317,12 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
         else:
             look, those = looks[1], [(*full[t], near[1][t].item() - SCORE_ERROR) for t in group]
         for t, (template, mask, score) in zip(group, those, strict=True):
-            m = next((m for m, known in enumerate(look.masks) if torch.equal(mask, known)), len(look.masks))
-            look.masks += [mask] if m == len(look.masks) else []
+            m = next((m for m, known in enumerate(look.bank.masks) if torch.equal(mask, known)), len(look.bank.masks))
+            look.bank.masks += [mask] if m == len(look.bank.masks) else []
+            look.bank.names.append(bank.names[t])
+            look.bank.templates.append(template)
+            look.bank.mask_of.append(m)
             look.wanted.append(t)
-            look.templates.append(template)
-            look.mask_of.append(m)
             look.near.append(score)
     stacks = {}
     for factor, those in pairs.items():
@@ -337,38 +335,21 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
 
 def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
     """Where `frames` (N, H, W) of the look's size may show one of its templates: (K, 4) int64 of frame, template of the
-    bank, y, x; some may lie partly outside."""
+    bank, y, x."""
     if frames.device.type == "cpu" and len(frames) > 1:  # one by one they stay in the cache
         parts = [first_look(frame[None], look) for frame in frames]
         for n, part in enumerate(parts):
             part[:, 0] = n
         return torch.cat(parts)
-    H, W = frames.shape[1:]
-    h, w = (min(template.shape[i] for template in look.templates) for i in (0, 1))
-    size = next_fast_len(H, real=True), next_fast_len(W, real=True)
-    if (*size, frames.device) not in look.spectra:
-        templates = [t / look.masks[m].sum().sqrt() for t, m in zip(look.templates, look.mask_of, strict=True)]
-        look.spectra[(*size, frames.device)] = [
-            [torch.fft.rfft2(picture.to(frames.device), s=size).conj_physical() for picture in pictures]
-            for pictures in (templates, [mask / mask.sum() for mask in look.masks])
-        ]
-
-    def correlate(frame_spectrum: torch.Tensor, other_spectrum: torch.Tensor) -> torch.Tensor:
-        columns = torch.fft.ifft(frame_spectrum * other_spectrum, dim=1)[:, : H - h + 1]
-        return torch.fft.irfft(columns, n=size[1], dim=2)[:, :, : W - w + 1]
-
-    template_spectra, mask_spectra = look.spectra[(*size, frames.device)]
-    image = frames - frames.mean((1, 2), keepdim=True)  # no result depends on the level, but rounding does
-    spectrum, spectrum_of_square = torch.fft.rfft2(image, s=size), torch.fft.rfft2(image.square(), s=size)
-    near = [None] * len(look.wanted)
-    for m, mask_spectrum in enumerate(mask_spectra):
-        mean, deviation = correlate(spectrum, mask_spectrum), correlate(spectrum_of_square, mask_spectrum)
-        deviation.addcmul_(mean, mean, value=-1).sub_(VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
-        for i in (i for i, used in enumerate(look.mask_of) if used == m):
-            near[i] = correlate(spectrum, template_spectra[i]) >= look.near[i] * deviation
-    places = torch.stack(near, 1).nonzero()
-    places[:, 1] = torch.tensor(look.wanted, device=frames.device)[places[:, 1]]
-    return places
+    deviations, places = {}, []  # per mask; per template
+    maps = _correlations(frames, look.bank, range(len(look.wanted)), torch.float32)
+    for i, (correlation, variance) in enumerate(maps):
+        m = look.bank.mask_of[i]
+        if m not in deviations:
+            deviations[m] = (variance - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
+        n, y, x = (correlation >= look.near[i] * deviations[m]).nonzero().unbind(1)
+        places.append(torch.stack([n, torch.full_like(n, look.wanted[i]), y, x], 1))
+    return torch.cat(places)
 
 
 def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tuple[torch.Tensor, torch.Tensor]:

@@ -336,7 +336,7 @@ def test_find_gives_the_same_for_many_frames_as_for_one():
     templates = [sprite(rng, 43, 57), sprite(rng, 43, 57), sprite(rng, 13, 33)]
     bank = make_bank(list("abc"), *zip(*templates, strict=True))
     finder = make_finder(bank, [0.8] * 3)
-    assert [(look.factor, look.wanted, len(look.masks)) for look in finder.looks] == [(4, [0, 1], 1), (2, [2], 1)]
+    assert [(look.factor, look.wanted, len(look.bank.masks)) for look in finder.looks] == [(4, [0, 1], 1), (2, [2], 1)]
     frames = rng.uniform(0, 255, (70, 90, 120))
     for n, frame in enumerate(frames):
         for number in range(n % 3):
