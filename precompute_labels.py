@@ -7,10 +7,11 @@ returns.
     python precompute_labels.py --data-dir sample_dataset
 
 Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
-where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. With --truth it compares
-the events with truth.parquet, which scripted recordings have. Page: docs/precompute_labels.md
+where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --truth truth.parquet
+compares them with what scripted recordings know, in label_report/. Page: docs/precompute_labels.md
 """
 
+import ast
 import hashlib
 import json
 import multiprocessing
@@ -20,11 +21,13 @@ import shutil
 import signal
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import tyro
@@ -38,7 +41,6 @@ from common.sessions import (
     EVENTS,
     KEY_CODES,
     RETURNS,
-    TRUTH,
     WIN_KEY,
     Session,
     find_sessions,
@@ -48,14 +50,13 @@ from common.sessions import (
 )
 from common.template_matching import Finder, distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
+from session_labels import truth
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
     "DEATH": ["creatures/tux/small/gameover-0.png", "creatures/tux/small/gameover-1.png"],  # big Tux dies with them too
     "ATTACK": ["creatures/snowball/squished-left.png", "creatures/snowball/mrs-squished-left.png"],
 }
-TRUE_NAMES = {"DEATH": "death", "ATTACK": "squish", "WIN": "win"}  # what truth.parquet calls them
-TOLERANCE_S = {"DEATH": 0.5, "ATTACK": 0.3, "WIN": 0.5}  # an event this close to a true one has found it
 KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
 SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
 CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
@@ -79,8 +80,9 @@ class Args:
     """search videos again that were searched already"""
     num_workers: int = 1
     """sessions whose videos are searched at a time, each in a process, 1 or more"""
-    truth: bool = False
-    """compare with truth.parquet and print precision, recall and time offsets"""
+    truth: str | None = None
+    """name of the file in each session, such as truth.parquet, that holds what the game reported: labels are compared
+    with it, in label_report/ of data_dir. None: they are not"""
 
     detect_events: bool = True
     """search the video for sprites; without, only wins are found"""
@@ -308,6 +310,31 @@ def episode_rewards(
     return rewards
 
 
+def sprite_events(
+    args: Args, event: str, detections: list[Sighting], sprites: Sprites, times: np.ndarray
+) -> list[tuple[int, float]]:
+    """Deaths or squished enemies, as `event` says, that the `detections` show: (frame first seen, peak score)."""
+    seen = find_sightings(detections, sprites, event)
+    if event == "ATTACK":
+        return attack_events(seen, times)
+    return death_events(seen, times, args.death_min_gap_s, args.event_stride)
+
+
+def episodes_and_returns(
+    args: Args, gamma: float, events: list[tuple[int, str]], times: np.ndarray
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Rows of EPISODES and columns of RETURNS, from `events` (frame, name)."""
+    outcomes = {"DEATH": args.death_reward, "WIN": args.win_reward}
+    episodes = find_episodes(events, times, outcomes, args.respawn_gap_s)
+    attacks = [frame for frame, name in events if name == "ATTACK"]
+    rewards = [episode_rewards(e, attacks, args.survival_bonus, args.attack_reward, gamma) for e in episodes]
+    return episodes, {
+        "frame_idx": np.concatenate([np.arange(e["start_frame"], e["end_frame"] + 1) for e in episodes]),
+        "return": np.concatenate([discounted_returns(r, gamma) for r in rewards]),
+        "reward": np.concatenate(rewards),
+    }
+
+
 # --- Sprites and label files ---
 
 
@@ -406,10 +433,13 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
 def scan_of(folder: Path) -> dict[str, str]:
     """The metadata of a session's detections.parquet, empty where there is none that can be read."""
     try:
-        metadata = read_table(folder / "detections.parquet", DETECTIONS).schema.metadata or {}
+        return metadata_of(folder / "detections.parquet", DETECTIONS)
     except (ValueError, OSError):
         return {}
-    return {k.decode(): v.decode() for k, v in metadata.items()}
+
+
+def metadata_of(path: Path, schema: pa.Schema) -> dict[str, str]:
+    return {k.decode(): v.decode() for k, v in (read_table(path, schema).schema.metadata or {}).items()}
 
 
 def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:
@@ -484,8 +514,7 @@ def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
 
 def check_labels(folder: Path, metadata: dict[str, str]) -> None:
     """Say that labels are kept; raise ValueError where they belong to another recording."""
-    schema = read_table(folder / "returns.parquet", RETURNS).schema
-    old = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+    old = metadata_of(folder / "returns.parquet", RETURNS)
     for key in ("recording_frames", "recording_bytes"):
         if key in old and old[key] != metadata[key]:
             raise ValueError(
@@ -577,9 +606,7 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     times = session.timestamps[:n]  # (n,) ms
     if args.detect_events:
         sprites, detections = detect(args, session, reader, device, metadata)
-        seen = {event: find_sightings(detections, sprites, event) for event in SPRITES}
-        deaths = death_events(seen["DEATH"], times, args.death_min_gap_s, args.event_stride)
-        attacks = attack_events(seen["ATTACK"], times)
+        deaths, attacks = (sprite_events(args, name, detections, sprites, times) for name in SPRITES)
     presses = [
         row["timestamp"]
         for row in session.inputs.to_pylist()
@@ -591,20 +618,13 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     )
     events = [(frame, "DEATH", peak) for frame, peak in deaths] + [(frame, "WIN", 1.0) for frame in wins]
     events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
-    outcomes = {"DEATH": args.death_reward, "WIN": args.win_reward}
     sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
-    episodes = find_episodes(sure, times, outcomes, args.respawn_gap_s)
-    gamma, hits = float(metadata["gamma"]), [frame for frame, name in sure if name == "ATTACK"]
-    rewards = [episode_rewards(e, hits, args.survival_bonus, args.attack_reward, gamma) for e in episodes]
+    episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), sure, times)
     write_labels(
         session.folder,
         {name: [event[column] for event in events] for column, name in enumerate(EVENTS.names)},
         {name: [episode[name] for episode in episodes] for name in EPISODES.names},
-        {
-            "frame_idx": np.concatenate([np.arange(e["start_frame"], e["end_frame"] + 1) for e in episodes]),
-            "return": np.concatenate([discounted_returns(r, gamma) for r in rewards]),
-            "reward": np.concatenate(rewards),
-        },
+        returns,
         metadata,
     )
 
@@ -612,32 +632,33 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
 # --- Comparison with the truth ---
 
 
-def compare_with_truth(found: np.ndarray, true: np.ndarray, tolerance_s: float) -> dict:
-    """Match `found` and `true` times (ms) one to one, in order, within `tolerance_s`; offsets are found - true."""
-    found, true, offsets, i, j = np.sort(found), np.sort(true), [], 0, 0
-    while i < len(found) and j < len(true):
-        offset = int(found[i] - true[j])
-        if abs(offset) <= tolerance_s * 1000:
-            offsets.append(offset)
-        i, j = i + (offset <= tolerance_s * 1000), j + (offset >= -tolerance_s * 1000)
-    return {"truth": len(true), "found": len(found), "hits": len(offsets), "offsets_ms": offsets}
+def beside_truth(args: Args, session: Session, size: str, metadata: dict[str, str]) -> truth.Compared:
+    """The labels of a session, and what its true events and other thresholds would give with the same settings."""
+    folder, times = session.folder, session.timestamps[: int(metadata["recording_frames"])]
+    metadata = metadata | metadata_of(folder / "returns.parquet", RETURNS)
+    known = {name: ast.literal_eval(x) for name, x in metadata.items() if hasattr(args, name) and name != "win_key"}
+    made_with = replace(args, **known | {"detect_events": args.detect_events and known["detect_events"]})
+    thresholds = other_thresholds(made_with, folder, times, metadata) if made_with.detect_events else None
+    label = partial(episodes_and_returns, made_with, made_with.gamma)
+    return truth.compare(session.name, size, folder / args.truth, times, label, thresholds)
 
 
-def truth_table(totals: dict[tuple[str, str], dict]) -> str:
-    """The comparison as a markdown table; `totals` by event and size of the recordings, all sizes added up as well."""
-    lines = ["| event | recorded at | true | found | missed | false | precision | recall | offset: median, largest |"]
-    lines.append("|---" * 9 + "|")
-    for event in TRUE_NAMES:
-        sizes = [size for name, size in totals if name == event]
-        for size in [*sizes, "all"]:
-            parts = [totals[event, size]] if size != "all" else [totals[event, other] for other in sizes]
-            true, found, hits = (sum(part[key] for part in parts) for key in ("truth", "found", "hits"))
-            offsets = np.abs([offset for part in parts for offset in part["offsets_ms"]])
-            cells = [event, size, true, found, true - hits, found - hits]
-            cells += [f"{hits / found:.3f}" if found else "-", f"{hits / true:.3f}" if true else "-"]
-            cells += [f"{np.median(offsets):.0f} ms, {offsets.max()} ms" if hits else "-"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def other_thresholds(args: Args, folder: Path, times: np.ndarray, metadata: dict[str, str]) -> truth.Thresholds | None:
+    """What detections.parquet tells of labels made with `args` but for the thresholds; None if it is of others."""
+    made = scan_of(folder)
+    sprites = load_all_sprites(args, tuple(json.loads(made.get("scales", "[1]"))))
+    chosen, sprites.thresholds = sprites.thresholds, np.ones(len(sprites.names))  # all that is there will do
+    detections = load_detections(folder, sprites, scan_metadata(sprites, metadata))
+    if detections is None:
+        return None
+
+    def find_at(event: str, threshold: float) -> list[int]:
+        at = replace(sprites, thresholds=np.full(len(sprites.names), threshold))
+        return [frame for frame, _ in sprite_events(args, event, detections, at, times)]
+
+    return truth.Thresholds(
+        sprites.events, chosen, [json.loads(made["least"])[name] for name in sprites.names], find_at
+    )
 
 
 def main(args: Args) -> dict:
@@ -662,12 +683,14 @@ def main(args: Args) -> dict:
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
         folders = find_sessions(args.data_dir)
+        if args.truth is not None:
+            truth.check_name(args.truth, folders)
         if args.detect_events:
             load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
-    sessions, failures, totals, done, stopped = {}, [], {}, {"labelled": 0, "kept": 0}, False
+    sessions, failures, compared, done, stopped = {}, [], [], {"labelled": 0, "kept": 0}, False
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
         status = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
@@ -696,36 +719,28 @@ def main(args: Args) -> dict:
                 check_labels(folder, metadata)
                 done["kept"] += 1
             events = read_table(folder / "events.parquet", EVENTS).to_pylist()
-            found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in TRUE_NAMES}
+            found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in truth.TRUE_NAMES}
             outcomes = read_table(folder / "episodes.parquet", EPISODES)["outcome"].to_pylist()
             sessions[folder.name] = {"frames": n} | {name: len(frames) for name, frames in found.items()}
             counts = ", ".join(f"{name} {len(frames)}" for name, frames in found.items())
             print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
 
             # Compare
-            if args.truth and not any((folder / f"truth.{kind}").exists() for kind in ("parquet", "jsonl")):
-                print(f"{folder.name}: no truth.parquet, not compared")
-            elif args.truth:
-                truth = read_table(folder / "truth.parquet", TRUTH).to_pylist()
-                times, size = session.timestamps[:n], f"{reader.width}x{reader.height}"
-                for event, frames in found.items():
-                    true = [row["timestamp"] for row in truth if row["what"] == TRUE_NAMES[event]]
-                    true = [time for time in true if times[0] <= time <= times[-1]]  # what was recorded
-                    result = compare_with_truth(times[frames], np.array(true), TOLERANCE_S[event])
-                    sessions[folder.name][f"{event}_truth"] = result
-                    total = totals.setdefault((event, size), dict.fromkeys(result, 0) | {"offsets_ms": []})
-                    totals[event, size] = {key: total[key] + result[key] for key in total}
-                    if missed_or_false := result["truth"] + result["found"] - 2 * result["hits"]:
-                        print(f"{folder.name}: {event} disagrees with the truth {missed_or_false} times: {result}")
+            if args.truth is not None and truth.is_there(folder / args.truth):
+                compared.append(beside_truth(args, session, f"{reader.width}x{reader.height}", metadata))
+            elif args.truth is not None:
+                print(f"{folder.name}: no {args.truth}, not compared")
         except KeyboardInterrupt:
             stopped = True
             break
         except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{folder}: {error}")
 
-    if args.truth and totals:
-        print(truth_table(totals))
-    counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in TRUE_NAMES)
+    try:
+        totals = truth.write_report(args.data_dir / "label_report", compared) if compared and not stopped else None
+    except OSError as error:
+        raise SystemExit(f"the labels are written, {args.data_dir}/label_report cannot be: {error}") from None
+    counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in truth.TRUE_NAMES)
     summary = (
         f"{len(folders)} sessions: {done['labelled']} labelled, {done['kept']} kept, {len(failures)} failed; {counts}"
     )
@@ -737,7 +752,7 @@ def main(args: Args) -> dict:
     if failures:
         raise SystemExit(summary)
     print(summary)
-    return {"sessions": sessions, "truth": totals if args.truth else None}
+    return {"sessions": sessions, "truth": totals}
 
 
 if __name__ == "__main__":

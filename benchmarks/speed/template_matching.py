@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import precompute_labels
 from benchmarks.speed.paired import report, run_in_turn
-from common.sessions import load_session
+from common.sessions import TRUTH, load_session, read_table
 from common.template_matching import Bank, find, make_finder, match, score_maps
 from common.video import VideoReader, grey, iter_frames
+from session_labels.truth import TOLERANCE_S
 
 
 @dataclass
@@ -70,7 +71,7 @@ def agreement(sessions: list[Path], sprites, count: int) -> dict:
     worst = 0.0
     for folder in sessions:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
-        truth = precompute_labels.read_table(folder / "truth.parquet", precompute_labels.TRUTH).to_pylist()
+        truth = read_table(folder / "truth.parquet", TRUTH).to_pylist()
         moments = [row["timestamp"] for row in truth if row["what"] in ("death", "squish")]
         first = np.searchsorted(session.timestamps, moments)
         wanted = sorted({i for f in first for i in range(f, f + 20) if i < reader.n_frames})
@@ -119,7 +120,7 @@ def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
         if any(len(a[name]) != len(b[name]) for name in a):
             return False
         late = {name: np.abs(times[a[name]] - times[b[name]]).max(initial=0) for name in a}  # ms
-        return all(late[name] <= 1000 * precompute_labels.TOLERANCE_S[name] for name in a)
+        return all(late[name] <= 1000 * TOLERANCE_S[name] for name in a)
 
     first = events(1)
     return {s for s in strides if equal(first, events(s))}, {name: len(those) for name, those in first.items()}

@@ -26,11 +26,12 @@ LATE_IMPORTS = {
 }  # inside the function that needs them
 OTHER_TOOLS = "pip git make pytest ruff tensorboard apt-get ffmpeg xvfb-run pre-commit nvidia-smi supertux2".split()
 OUTPUT_FOLDERS = (
-    "runs dataset plays build .venv creatures levels expert_data recordings models videos packed Emerald-GBAdvance"
+    "runs dataset plays build .venv creatures levels expert_data recordings models videos packed Emerald-GBAdvance "
+    "label_report"
 ).split()  # made by us, or the game's: not in the tree
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
-    "detections.parquet events.parquet episodes.parquet returns.parquet "
+    "detections.parquet events.parquet episodes.parquet returns.parquet curves.parquet report.* "
     "closed_loop.json closed_loop.png best.mp4 median.mp4 *_closed_loop_* latency.json latency.png "
     "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
     "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4 "

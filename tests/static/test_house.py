@@ -11,7 +11,7 @@ from tests.static import checks
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.name: path.read_text() for path in sorted(ROOT.glob("*.py"))}
 COMMON = {f"common/{path.name}": path.read_text() for path in sorted((ROOT / "common").glob("*.py"))}
-PACKAGES = ("pokemon_env", "motion_controls", "packed_episodes", "retro_env")
+PACKAGES = ("pokemon_env", "motion_controls", "packed_episodes", "retro_env", "session_labels")
 ENVS = {f"{path.parent.name}/{path.name}": path.read_text() for name in PACKAGES for path in (ROOT / name).glob("*.py")}
 PAGES = [
     page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))] if page.exists()

@@ -34,12 +34,10 @@ from precompute_labels import (
     Args,
     Sighting,
     attack_events,
-    compare_with_truth,
     death_events,
     episode_rewards,
     find_episodes,
     main,
-    truth_table,
     win_events,
     write_labels,
 )
@@ -241,21 +239,6 @@ def test_win_needs_the_presses_within_the_window():
     assert wins([1000, 5000, 6000], min_presses=2) == [50]
 
 
-# --- truth ---
-
-
-def test_truth_is_matched_one_to_one():
-    result = compare_with_truth(np.array([1000, 1200, 9000]), np.array([1100, 5000, 8600]), 0.5)
-    assert (result["truth"], result["found"], result["hits"]) == (3, 3, 2)
-    assert result["offsets_ms"] == [-100, 400]
-    assert compare_with_truth(np.array([501]), np.array([0]), 0.5)["hits"] == 0
-    assert compare_with_truth(np.array([500]), np.array([0]), 0.5)["hits"] == 1
-    assert compare_with_truth(np.array([]), np.array([3]), 0.5)["hits"] == 0
-    assert compare_with_truth(np.array([0, 1000]), np.array([1000]), 0.5)["offsets_ms"] == [0]
-    assert compare_with_truth(np.array([1000]), np.array([0, 1000]), 0.5)["offsets_ms"] == [0]
-    assert compare_with_truth(np.array([0, 600]), np.array([400, 500]), 0.5)["hits"] == 2
-
-
 # --- whole sessions ---
 
 N, DEATHS, FRAME_SIZE = 120, (30, 80), (96, 128)  # frames at 10 fps, frames where the sprite appears, height and width
@@ -318,7 +301,7 @@ def arguments(dataset, **changes):
 
 
 def test_labels_of_a_session(dataset, capsys):
-    result = main(arguments(dataset, truth=True, survival_bonus=0.001))
+    result = main(arguments(dataset, truth="truth.parquet", survival_bonus=0.001))
     events = read_table(dataset / "run_a" / "events.parquet", EVENTS).to_pydict()
     assert events["event"] == ["DEATH", "DEATH", "WIN"]
     assert events["frame_idx"] == [30, 80, 114]  # the marker goes down 1 ms before frame 115
@@ -344,7 +327,10 @@ def test_labels_of_a_session(dataset, capsys):
     assert result["truth"]["ATTACK", "128x96"]["offsets_ms"] == [40, 60]
     assert result["truth"]["WIN", "128x96"]["hits"] == 1
     out = capsys.readouterr().out
-    assert "| DEATH | all | 2 | 2 | 0 | 0 | 1.000 | 1.000 | 40 ms, 40 ms |" in out
+    assert (
+        "| DEATH | all | 2 | 2 | 0 | 0 | 1.000 (0.342 to 1.000) | 1.000 (0.342 to 1.000) | 1.000 | 40, 40, 40, +40 ms"
+        in out
+    )
     assert out.splitlines()[-1] == "2 sessions: 2 labelled, 0 kept, 0 failed; DEATH 2, ATTACK 2, WIN 1"
     assert not list(dataset.glob("run_*/.*"))  # nothing temporary left
 
@@ -503,7 +489,7 @@ def test_stride_finds_the_same_deaths_within_the_stride(dataset):
 def test_labels_are_kept_unless_overwritten(dataset, capsys):
     main(arguments(dataset))
     before = (dataset / "run_a" / "returns.parquet").read_bytes()
-    main(arguments(dataset, gamma=0.5, truth=True))
+    main(arguments(dataset, gamma=0.5, truth="truth.parquet"))
     assert (dataset / "run_a" / "returns.parquet").read_bytes() == before
     assert "run_a: has labels (made with gamma 0.99, not 0.5), kept; --overwrite" in capsys.readouterr().out
     main(arguments(dataset, gamma=0.5, overwrite=True))
@@ -700,18 +686,134 @@ def test_flags_have_both_spellings_and_the_environment(dataset):
     assert result.stdout.splitlines()[-1] == "2 sessions: 2 labelled, 0 kept, 0 failed; DEATH 2, ATTACK 0, WIN 1"
 
 
-def test_table_of_the_comparison_adds_up_the_sizes():
-    part = {"truth": 4, "found": 3, "hits": 2, "offsets_ms": [-10, 50]}
-    rows = truth_table({("DEATH", "640x480"): part, ("DEATH", "800x600"): part | {"hits": 1, "offsets_ms": [90]}})
-    assert rows.splitlines()[2:5] == [
-        "| DEATH | 640x480 | 4 | 3 | 2 | 1 | 0.667 | 0.500 | 30 ms, 50 ms |",
-        "| DEATH | 800x600 | 4 | 3 | 3 | 2 | 0.333 | 0.250 | 90 ms, 90 ms |",
-        "| DEATH | all | 8 | 6 | 5 | 3 | 0.500 | 0.375 | 50 ms, 90 ms |",
-    ]
+# --- comparison with the truth ---
+
+
+def compared(dataset, **changes):
+    """Labels with --truth; report.parquet as a dict, and rows of curves.parquet."""
+    main(arguments(dataset, **{"truth": "truth.parquet"} | changes))
+    rows = pq.read_table(dataset / "label_report" / "report.parquet").to_pylist()
+    report = {(r["session"], r["event"], r["size"], r["metric"]): (r["value"], r["low"], r["high"]) for r in rows}
+    return report, pq.read_table(dataset / "label_report" / "curves.parquet").to_pylist()
+
+
+def test_report_of_the_truth(dataset, monkeypatch):
+    """Deaths and squishes are labelled on the frame that the truth gives, the win one frame before it."""
+    report, curves = compared(dataset)
+    assert report["all", "DEATH", "all", "recall"] == pytest.approx((1.0, 0.3424, 1.0), abs=1e-4)
+    assert report["all", "ATTACK", "128x96", "error_median_ms"] == (50, None, None)
+    assert report["all", "WIN", "128x96", "error_bias_ms"] == (-100, None, None)
+    assert not any(event.startswith("DEATH ") for _, event, _, _ in report)  # this truth tells no places
+
+    assert report["run_a", "RETURN", "128x96", "frames"][0] == 31 + 21 + 5
+    assert report["run_a", "RETURN", "128x96", "membership_differs"][0] == pytest.approx(1 / 120)
+    off = sum(0.99**k - 0.99 ** (k + 1) for k in range(5)) / 57
+    assert report["run_a", "RETURN", "128x96", "mean_abs_difference"][0] == pytest.approx(off)
+    assert report["run_b", "RETURN", "128x96", "mean_abs_difference"][0] == 0
+    assert report["run_b", "RETURN", "128x96", "rank_correlation"][0] == pytest.approx(1)
+    assert report["all", "RETURN", "all", "membership_differs"][0] == pytest.approx(1 / 240)
+
+    deaths = [row for row in curves if row["event"] == "DEATH"]
+    assert [row["threshold"] for row in deaths] == [k / 100 for k in range(75, 101)]
+    chosen = next(row for row in deaths if row["threshold"] == 0.85)
+    assert (chosen["found"], chosen["hits"], chosen["f1"]) == (2, 2, 1.0)
+    assert (deaths[-1]["found"], deaths[-1]["recall"], deaths[-1]["precision"]) == (0, 0.0, None)
+    assert {row["event"] for row in curves} == {"DEATH", "ATTACK"}
+    picture = np.asarray(Image.open(dataset / "label_report" / "report.png").convert("L"))
+    assert min(picture.shape) > 500 and picture.std() > 10
+
+    monkeypatch.setattr(precompute_labels, "find_detections", None)  # no second search
+    assert compared(dataset) == (report, curves)
+
+
+def test_next_report_replaces_the_last(dataset):
+    first, curves = compared(dataset)
+    (dataset / ".label_report.tmp").mkdir()  # of a run that was killed
+    second, same = compared(dataset, overwrite=True, death_threshold=0.9999)
+    assert first["all", "DEATH", "all", "recall"][0] == 1 and second["all", "DEATH", "all", "recall"][0] == 0
+    assert "error_median_ms" not in {metric for _, event, _, metric in second if event == "DEATH"}
+    assert [row for row in same if row["threshold"] != 0.9999] == curves, "curves are of the detections"
+    assert 0.9999 in {row["threshold"] for row in same if row["event"] == "DEATH"}
+    names = {path.name for path in (dataset / "label_report").iterdir()}
+    assert names == {"report.png", "report.parquet", "curves.parquet"} and not list(dataset.glob(".*"))
+
+
+def test_report_that_cannot_be_written_leaves_the_last(dataset, monkeypatch):
+    compared(dataset)
+    before = {path.name: path.read_bytes() for path in (dataset / "label_report").iterdir()}
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(SystemExit, match="the labels are written, .*label_report cannot be: .*No space left"):
+        compared(dataset, overwrite=True, death_threshold=0.9999)
+    assert {path.name: path.read_bytes() for path in (dataset / "label_report").iterdir()} == before
+    assert not list(dataset.glob(".*")) and len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 1
+
+
+def test_returns_are_compared_with_the_settings_of_the_labels(dataset):
+    main(arguments(dataset, gamma=0.5, respawn_gap_s=1.0, attack_reward=0.3))
+    report, _ = compared(dataset)  # kept
+    assert report["run_b", "RETURN", "128x96", "mean_abs_difference"][0] == 0
+    assert report["run_a", "RETURN", "128x96", "frames"][0] == 31 + 41 + 25
 
 
 def test_recording_without_truth_is_labelled_and_said_so(dataset, capsys):
     (dataset / "run_b" / "truth.parquet").unlink()
-    result = main(arguments(dataset, truth=True))
-    assert result["truth"]["DEATH", "128x96"]["truth"] == 2
+    result = main(arguments(dataset, truth="truth.parquet"))
+    assert result["truth"]["DEATH", "128x96"]["truth"] == 2 and result["sessions"]["run_b"]["ATTACK"] == 2
     assert "run_b: no truth.parquet, not compared" in capsys.readouterr().out
+    report, _ = compared(dataset)
+    assert {session for session, *_ in report} == {"all", "run_a"}
+
+
+def test_unreadable_truth_fails_its_session_only(dataset):
+    (dataset / "run_b" / "truth.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(SystemExit, match="(?s)1 of 2 sessions failed:.*run_b/truth.parquet is not a readable parquet"):
+        main(arguments(dataset, truth="truth.parquet"))
+    assert (dataset / "run_b" / "returns.parquet").exists()
+    rows = pq.read_table(dataset / "label_report" / "report.parquet").to_pylist()
+    assert {row["session"] for row in rows} == {"all", "run_a"}
+
+
+def test_empty_truth_makes_all_that_was_found_false(dataset, capsys):
+    for name in ("run_a", "run_b"):
+        write_table(dataset / name / "truth.parquet", {name: [] for name in TRUTH.names}, TRUTH)
+    report, curves = compared(dataset)
+    assert report["all", "DEATH", "all", "precision"][:2] == (0.0, 0.0)
+    assert report["all", "DEATH", "all", "recall"] == (None, None, None)
+    assert report["all", "DEATH", "all", "f1"][0] == 0
+    assert report["run_a", "RETURN", "128x96", "rank_correlation"][0] is None, "true returns are all 0"
+    assert all(row["recall"] is None for row in curves)
+    assert "run_a: DEATH disagrees with the truth: 0 missed, 2 false" in capsys.readouterr().out
+
+
+def test_truth_of_the_older_form_and_under_another_name(dataset):
+    expected = compared(dataset)
+    for name in ("run_a", "run_b"):
+        rows = read_table(dataset / name / "truth.parquet", TRUTH).to_pylist()
+        (dataset / name / "game.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (dataset / name / "truth.parquet").unlink()
+    assert compared(dataset, truth="game.parquet") == expected
+
+
+def test_labels_without_detections_have_no_curves(dataset, capsys):
+    main(arguments(dataset))
+    (dataset / "run_a" / "detections.parquet").unlink()
+    report, curves = compared(dataset)
+    assert report["all", "DEATH", "all", "recall"][0] == 1
+    assert {row["true"] for row in curves if row["event"] == "DEATH"} == {0}  # of run_b alone
+    assert "1 of 2 sessions have no detections of their labels: the curves leave them out" in capsys.readouterr().out
+    report, curves = compared(dataset, overwrite=True, detect_events=False)
+    assert curves == [] and report["all", "DEATH", "all", "recall"][0] == 0
+
+
+@pytest.mark.parametrize("name", ["true", "truth", "truth.jsonl", "", "run_a/truth.parquet", "other.parquet"])
+def test_name_of_no_truth_file_is_refused_before_the_work(dataset, name):
+    why = (
+        "none of 2 sessions has this file.*truth.parquet" if name == "other.parquet" else "expected the name of a file"
+    )
+    with pytest.raises(SystemExit, match=f"^--truth {name}: {why}"):
+        main(arguments(dataset, truth=name))
+    assert not (dataset / "run_a" / "returns.parquet").exists()
