@@ -360,7 +360,9 @@ def draw_curve(axes, event: str, curve: list[dict], chosen: list[float]):
 def draw_returns(axes, sessions: list[Compared], rank: float | None):
     found, true = np.concatenate([returns_of_both(session) for session in sessions], axis=1)
     words = "no ranks" if rank is None else f"rank correlation {rank:.4f}"
-    axes.set(title=f"Returns: {words}, {len(found):,} frames", xlabel="by the truth", ylabel="as labelled")
+    axes.set(
+        title=f"Returns: {words}, {len(found):,} frames", xlabel="return by the truth", ylabel="return as labelled"
+    )
     axes.axline((0, 0), slope=1, color="0.75", linewidth=6, zorder=0, label="equal")
     if len(found):
         off = np.abs(found - true) > NOTABLE
