@@ -8,7 +8,8 @@ returns.
 
 Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
 where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --truth truth.parquet
-compares them with what scripted recordings know, in label_report/. Page: docs/precompute_labels.md
+compares them with what scripted recordings know, in label_report/; --review asks a person, on review.html. Page:
+docs/precompute_labels.md
 """
 
 import ast
@@ -20,7 +21,8 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -50,7 +52,8 @@ from common.sessions import (
 )
 from common.template_matching import Finder, distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import truth
+from session_labels import review, truth
+from session_labels.review import Override
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
@@ -62,6 +65,7 @@ SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes
 CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
 SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
+STAYS_MS = 2200  # what is seen for longer is more than one
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
 
@@ -83,6 +87,10 @@ class Args:
     truth: str | None = None
     """name of the file in each session, such as truth.parquet, that holds what the game reported: labels are compared
     with it, in label_report/ of data_dir. None: they are not"""
+    review: int = 0
+    """events, taken or not, nearest to their thresholds that <data_dir>/review.html asks a person about; 0: no page"""
+    overrides: Path | None = None
+    """what that page has saved, to be honoured from now on; None: overrides.json in data_dir if it is there"""
 
     detect_events: bool = True
     """search the video for sprites; without, only wins are found"""
@@ -141,6 +149,7 @@ class Sprites:
     events: list[str]  # T
     scales: list[float]  # T
     thresholds: np.ndarray  # (T,) scores
+    folder: Path  # of their pictures
 
 
 @dataclass
@@ -153,6 +162,7 @@ class Sighting:
     score: float
     y: float
     x: float
+    recorded: "Sighting | None" = field(default=None, repr=False)  # the detection, where y and x are in drawn pixels
 
 
 def find_detections(
@@ -178,28 +188,30 @@ def find_sightings(detections: list[Sighting], sprites: Sprites, event: str) -> 
     for frame, group in groupby((d for d in detections if d.event == event), key=lambda d: d.frame):
         sure = [d for d in group if d.score >= sprites.thresholds[d.sprite]]
         drawn = [(d, sprites.scales[d.sprite]) for d in sure]
-        hits = [(d.score, kinds.index(sprites.kinds[d.sprite]), d.y / scale, d.x / scale) for d, scale in drawn]
-        sightings += [Sighting(frame, event, kind, score, y, x) for score, kind, y, x in distinct(hits, h / 2, w / 2)]
+        hits = [
+            (d.score, kinds.index(sprites.kinds[d.sprite]), d.y / scale, d.x / scale, i)
+            for i, (d, scale) in enumerate(drawn)
+        ]
+        best = distinct(hits, h / 2, w / 2)
+        sightings += [Sighting(frame, event, kind, score, y, x, sure[i]) for score, kind, y, x, i in best]
     return sightings
 
 
-def death_events(
+def death_groups(
     sightings: list[Sighting], times: np.ndarray, min_gap_s: float, stride: int = 1
-) -> list[tuple[int, float]]:
-    """Deaths as (frame first seen, peak score). Frame `times` (N,) in ms.
+) -> list[list[Sighting]]:
+    """The sightings of each death. Frame `times` (N,) in ms.
 
-    What is seen within `min_gap_s` of that frame, or goes on from one looked at frame to the next, is the same death.
+    What is seen within `min_gap_s` of the first, or goes on from one looked at frame to the next, is the same death.
     """
-    events: list[tuple[int, float]] = []
-    last = -1
+    groups: list[list[Sighting]] = []
     for s in sightings:
-        first, peak = events[-1] if events else (-1, 0.0)
-        if events and (times[s.frame] - times[first] < min_gap_s * 1000 or s.frame - last <= stride):
-            events[-1] = (first, max(peak, s.score))
+        near = groups and times[s.frame] - times[groups[-1][0].frame] < min_gap_s * 1000
+        if near or (groups and s.frame - groups[-1][-1].frame <= stride):
+            groups[-1].append(s)
         else:
-            events.append((s.frame, s.score))
-        last = s.frame
-    return events
+            groups.append([s])
+    return groups
 
 
 @dataclass
@@ -208,26 +220,23 @@ class Track:
 
     first: int  # ms
     last: int  # ms, last seen
-    frame: int  # first seen
     sprite: int
-    peak: float
     y: float  # where it is on the screen, seen or hidden
     x: float
+    seen: list[Sighting]
 
 
-def attack_events(sightings: list[Sighting], times: np.ndarray) -> list[tuple[int, float]]:
-    """Squished enemies as (frame first seen, peak score), one per enemy. Frame `times` (N,) in ms.
+def attack_groups(sightings: list[Sighting], times: np.ndarray) -> list[list[Sighting]]:
+    """The sightings of each squished enemy. Frame `times` (N,) in ms.
 
     In each frame the camera's step is the one that most tracks agree on, and of these the nearest to the last step.
-    A sighting where no track is now begins a track. A sprite seen for longer than SQUISHED_S is two enemies on one
-    place, the second SQUISHED_S before the end.
+    A sighting where no track is now begins a track.
     """
     tracks: list[Track] = []
-    stays = SQUISHED_S * 1000 + 200
     velocity, before = np.zeros(2), int(times[0])  # of the tracks on the screen, pixels per second; ms
     for frame, group in groupby(sightings, key=lambda s: s.frame):
         seen, now = list(group), int(times[frame])
-        alive = [k for k in tracks if now - k.first <= stays or now - k.last <= 300]
+        alive = [k for k in tracks if now - k.first <= STAYS_MS or now - k.last <= 300]
         seconds = max(0.001, (now - before) / 1000)
         expected = velocity * seconds
         pairs = np.array([(s.y - k.y, s.x - k.x) for k in alive for s in seen if s.sprite == k.sprite]).reshape(-1, 2)
@@ -243,16 +252,12 @@ def attack_events(sightings: list[Sighting], times: np.ndarray) -> list[tuple[in
             if here:
                 track = here[0]
                 alive.remove(track)
-                track.last, track.peak, track.y, track.x = now, max(track.peak, s.score), s.y, s.x
+                track.last, track.y, track.x = now, s.y, s.x
+                track.seen.append(s)
             else:
-                tracks.append(Track(now, now, frame, s.sprite, s.score, s.y, s.x))
+                tracks.append(Track(now, now, s.sprite, s.y, s.x, [s]))
         velocity, before = step / seconds if len(possible) else np.zeros(2), now
-    events = []
-    for k in tracks:
-        events.append((k.frame, k.peak))
-        if k.last - k.first > stays:
-            events.append((int(np.searchsorted(times, k.last - SQUISHED_S * 1000)), k.peak))
-    return sorted(events)
+    return [k.seen for k in tracks]
 
 
 def win_events(
@@ -310,14 +315,41 @@ def episode_rewards(
     return rewards
 
 
+def sprite_groups(
+    args: Args, event: str, sightings: list[Sighting], times: np.ndarray, overrides: Sequence[Override] = ()
+) -> list[list[Sighting]]:
+    """The sightings of each death or squished enemy, as `event` says, without what a person has rejected."""
+    if event == "ATTACK":
+        return review.without_rejected(attack_groups(sightings, times), overrides)
+    stride, deaths = args.event_stride, death_groups(sightings, times, args.death_min_gap_s, args.event_stride)
+    return review.without_rejected(deaths, overrides, lambda s, group: review.follow(s, group, times, stride))
+
+
+def group_events(event: str, groups: list[list[Sighting]], times: np.ndarray) -> list[tuple[int, float]]:
+    """Deaths or squished enemies, as `event` says, as (frame first seen, peak score). Frame `times` (N,) in ms.
+
+    Enemies that are seen for longer than STAYS_MS are two on one place, the second SQUISHED_S before the end.
+    """
+    events = []
+    for group in groups:
+        first, last, peak = times[group[0].frame], times[group[-1].frame], max(s.score for s in group)
+        events.append((group[0].frame, peak))
+        if event == "ATTACK" and last - first > STAYS_MS:
+            events.append((int(np.searchsorted(times, last - SQUISHED_S * 1000)), peak))
+    return sorted(events)
+
+
 def sprite_events(
-    args: Args, event: str, detections: list[Sighting], sprites: Sprites, times: np.ndarray
+    args: Args,
+    event: str,
+    detections: list[Sighting],
+    sprites: Sprites,
+    times: np.ndarray,
+    overrides: Sequence[Override] = (),
 ) -> list[tuple[int, float]]:
     """Deaths or squished enemies, as `event` says, that the `detections` show: (frame first seen, peak score)."""
-    seen = find_sightings(detections, sprites, event)
-    if event == "ATTACK":
-        return attack_events(seen, times)
-    return death_events(seen, times, args.death_min_gap_s, args.event_stride)
+    sightings = find_sightings(detections, sprites, event)
+    return group_events(event, sprite_groups(args, event, sightings, times, overrides), times)
 
 
 def episodes_and_returns(
@@ -378,7 +410,7 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
             events += [event] * len(bank.names)
             sizes += [scale] * len(bank.names)
     bank, thresholds = join(*banks), np.array(thresholds)
-    return Sprites(make_finder(bank, kept_from(thresholds)), bank.names, kinds, events, sizes, thresholds)
+    return Sprites(make_finder(bank, kept_from(thresholds)), bank.names, kinds, events, sizes, thresholds, folder)
 
 
 def kept_from(thresholds: np.ndarray) -> np.ndarray:
@@ -500,7 +532,8 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
     names += "min_event_confidence respawn_gap_s death_reward win_reward attack_reward survival_bonus"
     settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
     recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}
-    return {k: str(v) for k, v in (settings | recording).items()}
+    overrides = review.load_overrides(session.folder, recording) if args.detect_events else []
+    return {k: str(v) for k, v in (settings | recording | review.used(overrides)).items()}
 
 
 def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
@@ -514,7 +547,7 @@ def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
 
 def check_labels(folder: Path, metadata: dict[str, str]) -> None:
     """Say that labels are kept; raise ValueError where they belong to another recording."""
-    old = metadata_of(folder / "returns.parquet", RETURNS)
+    old = review.used([]) | metadata_of(folder / "returns.parquet", RETURNS)
     for key in ("recording_frames", "recording_bytes"):
         if key in old and old[key] != metadata[key]:
             raise ValueError(
@@ -567,6 +600,30 @@ def detect(
     return sprites, detections
 
 
+def judged(
+    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
+) -> tuple[Sprites, list[Sighting], list[Override]]:
+    """The sprites, where they are, what a person has accepted among it, and all that a person has decided."""
+    sprites, detections = detect(args, session, reader, device, metadata)
+    overrides = review.load_overrides(session.folder, metadata)
+    times = session.timestamps
+    return sprites, review.accept(detections, overrides, sprites, times, args.event_stride, Sighting), overrides
+
+
+def find_cards(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> list[review.Card]:
+    """What a person could be asked about a session."""
+    sprites, detections, overrides = judged(replace(args, rescan=False), session, reader, device, metadata)
+
+    def groups_at(less: float, decided: Sequence[Override]) -> list[list[Sighting]]:
+        lower, groups = replace(sprites, thresholds=sprites.thresholds - less), []
+        for event in SPRITES:
+            seen = find_sightings(detections, lower, event)
+            groups += sprite_groups(args, event, seen, session.timestamps, decided)
+        return groups
+
+    return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
+
+
 def search(args: Args, folder: Path, device: str):
     """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
@@ -605,8 +662,8 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     n, deaths, attacks = int(metadata["recording_frames"]), [], []
     times = session.timestamps[:n]  # (n,) ms
     if args.detect_events:
-        sprites, detections = detect(args, session, reader, device, metadata)
-        deaths, attacks = (sprite_events(args, name, detections, sprites, times) for name in SPRITES)
+        sprites, detections, overrides = judged(args, session, reader, device, metadata)
+        deaths, attacks = (sprite_events(args, name, detections, sprites, times, overrides) for name in SPRITES)
     presses = [
         row["timestamp"]
         for row in session.inputs.to_pylist()
@@ -674,6 +731,10 @@ def main(args: Args) -> dict:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
         )
+    if args.review < 0:
+        raise SystemExit(f"--review is {args.review}, expected 0 or more")
+    if (args.review or args.overrides) and not args.detect_events:
+        raise SystemExit("--no-detect-events looks for no sprites: leave it out, or --review and --overrides")
     if not 0 <= args.min_event_confidence <= 1:
         raise SystemExit(f"--min-event-confidence is {args.min_event_confidence}, expected 0 to 1")
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
@@ -686,11 +747,15 @@ def main(args: Args) -> dict:
         if args.truth is not None:
             truth.check_name(args.truth, folders)
         if args.detect_events:
-            load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
+            drawn = load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
+            review.import_overrides(
+                args.overrides, args.data_dir, folders, dict(zip(drawn.kinds, drawn.events, strict=True))
+            )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
     sessions, failures, compared, done, stopped = {}, [], [], {"labelled": 0, "kept": 0}, False
+    cards: list[review.Card] = []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
         status = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
@@ -725,6 +790,10 @@ def main(args: Args) -> dict:
             counts = ", ".join(f"{name} {len(frames)}" for name, frames in found.items())
             print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
 
+            # Ask
+            if args.review:
+                cards += find_cards(args, session, reader, device, metadata)
+
             # Compare
             if args.truth is not None and truth.is_there(folder / args.truth):
                 compared.append(beside_truth(args, session, f"{reader.width}x{reader.height}", metadata))
@@ -736,6 +805,11 @@ def main(args: Args) -> dict:
         except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{folder}: {error}")
 
+    if args.review and sessions and not stopped:
+        cards = review.choose(cards, args.review)
+        review.write_page(args.data_dir / "review.html", cards, drawn.folder, args.data_dir)
+        taken = sum(card.taken for card in cards)
+        print(f"{args.data_dir / 'review.html'} asks about {len(cards)} events, {taken} of them taken; open it")
     try:
         totals = truth.write_report(args.data_dir / "label_report", compared) if compared and not stopped else None
     except OSError as error:

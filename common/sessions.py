@@ -1,9 +1,9 @@
 """Session files: what a recorded session holds, read and written in one place. The contract is docs/data.md, schema v1.
 
 A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `detections.parquet`,
-`events.parquet`, `episodes.parquet`, `returns.parquet`, and `truth.parquet` where the game could be asked. The older
-form holds the same fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader
-here takes both.
+`events.parquet`, `episodes.parquet`, `returns.parquet`, `overrides.parquet` once a person has judged some of it, and
+`truth.parquet` where the game could be asked. The older form holds the same fields as one JSON object a line
+(`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
 """
 
 import json
@@ -43,6 +43,16 @@ DETECTIONS = pa.schema(
         ("score", pa.float64()),
         ("y", pa.int64()),  # of its top left corner, pixels
         ("x", pa.int64()),
+    ]
+)
+OVERRIDES = pa.schema(
+    [
+        ("frame_idx", pa.int64()),
+        ("event", pa.string()),
+        ("sprite", pa.string()),
+        ("y", pa.int64()),
+        ("x", pa.int64()),
+        ("accept", pa.bool_()),  # whether a person says that it is one
     ]
 )
 EVENTS = pa.schema([("frame_idx", pa.int64()), ("event", pa.string()), ("confidence", pa.float64())])
@@ -268,7 +278,8 @@ def _journal_metadata(path: Path) -> dict[str, str]:
 _LATER_COLUMNS = {"repeated", "source", "reward", "x", "y"}  # schema v1 added them, older recordings do well without
 _NULLABLE = _LATER_COLUMNS | {"key_code", "key_name", "state", "data"}
 _LABEL = "Make it with: python precompute_labels.py --data-dir <the folder above the session>"
-_MEND = {"events": _LABEL, "episodes": _LABEL, "returns": _LABEL}
+_ASK = "Take it away, and ask again with: python precompute_labels.py --review 60"
+_MEND = {"overrides": _ASK, "events": _LABEL, "episodes": _LABEL, "returns": _LABEL}
 
 
 def write_table(path: Path | str, rows: dict[str, list] | pa.Table, schema: pa.Schema, metadata: dict | None = None):

@@ -108,13 +108,9 @@ def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
         all_found = precompute_labels.find_detections(reader, sprites, len(times), 1, "cpu", bar)
 
     def events(stride: int) -> dict:
-        seen = [d for d in all_found if d.frame % stride == 0]
-        deaths = precompute_labels.find_sightings(seen, sprites, "DEATH")
-        attacks = precompute_labels.find_sightings(seen, sprites, "ATTACK")
-        return {
-            "DEATH": [f for f, _ in precompute_labels.death_events(deaths, times, 2.5, stride)],
-            "ATTACK": [f for f, _ in precompute_labels.attack_events(attacks, times)],
-        }
+        seen, options = [d for d in all_found if d.frame % stride == 0], precompute_labels.Args(event_stride=stride)
+        found = {name: precompute_labels.sprite_events(options, name, seen, sprites, times) for name in TOLERANCE_S}
+        return {name: [frame for frame, _ in events] for name, events in found.items()}
 
     def equal(a: dict, b: dict) -> bool:
         if any(len(a[name]) != len(b[name]) for name in a):

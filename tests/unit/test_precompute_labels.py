@@ -33,11 +33,11 @@ from common.video import VideoReader, grey, resize
 from precompute_labels import (
     Args,
     Sighting,
-    attack_events,
-    death_events,
     episode_rewards,
     find_episodes,
+    group_events,
     main,
+    sprite_groups,
     win_events,
     write_labels,
 )
@@ -115,12 +115,16 @@ def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus, attacks):
     np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12, atol=1e-15)
 
 
+def made_events(event, seen, times, **changes):
+    return group_events(event, sprite_groups(Args(**changes), event, seen, times), times)
+
+
 # --- deaths ---
 
 
 def deaths(scores, fps=10, min_gap_s=2.5, threshold=0.85):
     seen = [Sighting(i, "DEATH", 0, score, 0, 0) for i, score in enumerate(scores) if score >= threshold]
-    return death_events(seen, times_at(fps, len(scores)), min_gap_s)
+    return made_events("DEATH", seen, times_at(fps, len(scores)), death_min_gap_s=min_gap_s)
 
 
 def test_death_is_the_first_sighting_with_the_peak_as_confidence():
@@ -145,7 +149,7 @@ def test_picture_that_stays_is_one_death():
     assert len(deaths(np.full(200, 0.9))) == 1
     assert deaths(np.full(200, 0.84)) == []
     seen = [Sighting(i, "DEATH", i // 5 % 2, 0.9, 0, 0) for i in range(0, 200, 5)]  # every fifth frame was looked at
-    assert len(death_events(seen, times_at(10, 200), 0.3, stride=5)) == 1
+    assert len(made_events("DEATH", seen, times_at(10, 200), death_min_gap_s=0.3, event_stride=5)) == 1
 
 
 # --- squished enemies ---
@@ -163,7 +167,7 @@ def squished(enemies, camera, hidden=(), fps=10, stride=1):
             if on_screen and not any(e == h and a <= i <= b for h, a, b in hidden) and (x, sprite) not in places:
                 places.append((x, sprite))  # two on one place look like one
         seen += [Sighting(i, "ATTACK", sprite, 0.9, 400.0, float(x - camera[i])) for x, sprite in places]
-    return [frame for frame, _ in attack_events(seen, times_at(fps, len(camera)))]
+    return [frame for frame, _ in made_events("ATTACK", seen, times_at(fps, len(camera)))]
 
 
 SWING = np.cumsum([0, *np.repeat([20, 32, 0, -32, -16, 30], 10)])  # turns round by up to 46 pixels per frame
@@ -200,12 +204,12 @@ def test_a_second_enemy_after_the_first_is_gone_is_a_second_event():
     camera = np.zeros(90, int)
     assert squished([(10, 300, 0), (40, 300, 0), (63, 310, 0)], camera) == [10, 40, 63]
     assert squished([(10, 300, 0)], np.zeros(200, int), fps=30, stride=3) == [12]
-    assert attack_events([], times_at(10, 5)) == []
+    assert made_events("ATTACK", [], times_at(10, 5)) == []
 
 
 def test_confidence_of_an_attack_is_its_peak():
     seen = [Sighting(i, "ATTACK", 0, score, 0, 0) for i, score in ((3, 0.9), (4, 0.97), (5, 0.88))]
-    assert attack_events(seen, times_at(10, 9)) == [(3, 0.97)]
+    assert made_events("ATTACK", seen, times_at(10, 9)) == [(3, 0.97)]
 
 
 # --- wins ---
