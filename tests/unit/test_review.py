@@ -250,8 +250,11 @@ def test_page_is_one_offline_file(asked_dataset, capsys):
     assert all(picture.startswith("data:image/jpeg;base64,/9j/") for picture in pictures)
     assert {card["kind"] for card in page["cards"]} == set(page["sprites"])
     assert not list(asked_dataset.glob(".*"))
+    (asked_dataset / "run_a").rename(asked_dataset / "run_<!--<script>")
     main(arguments(asked_dataset, sprite_threshold=0.95, review=3))
-    assert len(page_of(asked_dataset)["cards"]) == 3
+    cards = page_of(asked_dataset)["cards"]
+    assert len(cards) == 3 and "run_<!--<script>" in [card["session"] for card in cards]
+    assert "run_<" not in (asked_dataset / "review.html").read_text(), "it would end the page's data, or never"
     assert "review.html asks about 3 events" in capsys.readouterr().out
 
 
