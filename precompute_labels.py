@@ -13,32 +13,24 @@ docs/precompute_labels.md
 """
 
 import ast
-import hashlib
 import json
-import multiprocessing
-import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 from common import runs
 from common.returns import discounted_returns, gamma_from_half_life
 from common.sessions import (
-    DETECTIONS,
     EPISODES,
     EVENTS,
     KEY_CODES,
@@ -48,22 +40,19 @@ from common.sessions import (
     find_sessions,
     load_session,
     read_table,
-    write_table,
 )
-from common.template_matching import Finder, distinct, find, join, load_sprites, make_finder
+from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import review, truth
+from session_labels import files, review, truth
 from session_labels.review import Override
+from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
+from session_labels.workers import side_by_side
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
     "DEATH": ["creatures/tux/small/gameover-0.png", "creatures/tux/small/gameover-1.png"],  # big Tux dies with them too
     "ATTACK": ["creatures/snowball/squished-left.png", "creatures/snowball/mrs-squished-left.png"],
 }
-KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
-SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
-CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
-SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
 STAYS_MS = 2200  # what is seen for longer is more than one
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
@@ -136,33 +125,14 @@ class Args:
     """seconds after which a reward counts one half; takes the place of gamma. None: gamma as given"""
 
 
+SETTINGS = (
+    "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales event_stride "
+    "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
+    "respawn_gap_s death_reward win_reward attack_reward survival_bonus gamma"
+).split()  # of Args, which labels depend on and tell in their metadata
+
+
 # --- ALGO LOGIC: sightings of sprites and key presses -> events -> episodes -> rewards. N frames of a session ---
-
-
-@dataclass
-class Sprites:
-    """The T sprites of all events, ready to be found."""
-
-    finder: Finder
-    names: list[str]  # T, such as squished-left and squished-left mirrored, and x1.4 for sizes other than 1
-    kinds: list[str]  # T, the names without a size
-    events: list[str]  # T
-    scales: list[float]  # T
-    thresholds: np.ndarray  # (T,) scores
-    folder: Path  # of their pictures
-
-
-@dataclass
-class Sighting:
-    """A sprite seen in a frame, its top left corner in pixels."""
-
-    frame: int
-    event: str
-    sprite: int  # which of the T
-    score: float
-    y: float
-    x: float
-    recorded: "Sighting | None" = field(default=None, repr=False)  # the detection, where y and x are in drawn pixels
 
 
 def find_detections(
@@ -367,7 +337,7 @@ def episodes_and_returns(
     }
 
 
-# --- Sprites and label files ---
+# --- Sessions ---
 
 
 def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
@@ -413,165 +383,28 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     return Sprites(make_finder(bank, kept_from(thresholds)), bank.names, kinds, events, sizes, thresholds, folder)
 
 
-def kept_from(thresholds: np.ndarray) -> np.ndarray:
-    """The scores from which places are kept."""
-    return np.maximum(0.01, thresholds - KEPT).round(6)
-
-
-def find_scale(args: Args, reader: VideoReader, n_frames: int, device: str, name: str) -> float | None:
-    """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
-    no sprite is to be seen in two of them. 1 is tried first, then frames scaled the other way by SCALES, then sprites
-    scaled by what lies around the best of these, in the frames that it was seen in."""
-    stride = max(1, n_frames // SAMPLE)
-    sample = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
-    frames, drawn = torch.cat(sample)[:, None], load_all_sprites(args)  # (n, 1, H, W)
-    largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
-
-    def best_scores(scale: float) -> list[float]:  # of each frame
-        size = [round(side / scale) for side in frames.shape[2:]]
-        if size[0] < largest[0] or size[1] < largest[1]:
-            return [0.0]
-        parts = (part.to(device).float() for part in frames.split(8))
-        if scale != 1:
-            parts = (F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts)
-        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part[:, 0], drawn.finder)]
-
-    best = {1.0: best_scores(1.0)}
-    if max(best[1.0]) < CLEAR:
-        scales = tqdm(SCALES, desc=f"{name}: size of the sprites", leave=False, disable=args.num_workers > 1)
-        best |= {scale: best_scores(scale) for scale in scales}
-    scale = max(best, key=lambda scale: max(best[scale]))
-    if max(best[1.0]) >= CLEAR:
-        return 1.0
-    if sum(score >= args.sprite_threshold for score in best[scale]) < 2:  # one may be chance
-        return 1.0 if max(best[1.0]) >= args.sprite_threshold else None
-    clearest = frames[np.argsort(best[scale])[-SURE:], 0].to(device).float()
-    fine = {}
-    for around in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]:
-        hits = find(clearest, load_all_sprites(args, (around,)).finder)
-        fine[around] = max((those[0][0] for those in hits if those), default=0.0)
-    return max(fine, key=fine.get)
-
-
-def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
-    """What detections depend on; those made with the same are used again."""
-    pixels = hashlib.sha256()
-    for template in sprites.finder.bank.templates:
-        pixels.update(template.numpy().tobytes())
-    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride")}
-    return recording | {"sprites": pixels.hexdigest(), "scales": json.dumps(list(dict.fromkeys(sprites.scales)))}
-
-
-def scan_of(folder: Path) -> dict[str, str]:
-    """The metadata of a session's detections.parquet, empty where there is none that can be read."""
-    try:
-        return metadata_of(folder / "detections.parquet", DETECTIONS)
-    except (ValueError, OSError):
-        return {}
-
-
-def metadata_of(path: Path, schema: pa.Schema) -> dict[str, str]:
-    return {k.decode(): v.decode() for k, v in (read_table(path, schema).schema.metadata or {}).items()}
-
-
-def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:
-    """Those of detections.parquet, None where they were searched otherwise or leave out what is asked for now."""
-    made = scan_of(folder)
-    if any(made.get(key) != value for key, value in wanted.items()):
-        return None
-    least = json.loads(made["least"])
-    if any(least[name] > threshold + 1e-9 for name, threshold in zip(sprites.names, sprites.thresholds, strict=True)):
-        return None
-    number = {name: t for t, name in enumerate(sprites.names)}
-    return [
-        Sighting(row["frame_idx"], row["event"], number[row["sprite"]], row["score"], row["y"], row["x"])
-        for row in read_table(folder / "detections.parquet", DETECTIONS).to_pylist()
-    ]
-
-
-def save_detections(folder: Path, detections: list[Sighting], sprites: Sprites, metadata: dict[str, str]):
-    least = dict(zip(sprites.names, kept_from(sprites.thresholds).tolist(), strict=True))
-    columns = {
-        "frame_idx": [d.frame for d in detections],
-        "event": [d.event for d in detections],
-        "sprite": [sprites.names[d.sprite] for d in detections],
-    } | {name: [getattr(d, name) for d in detections] for name in ("score", "y", "x")}
-    write_table(folder / "detections.parquet", columns, DETECTIONS, metadata | {"least": json.dumps(least)})
-
-
-def write_labels(folder: Path, events: dict, episodes: dict, returns: dict, metadata: dict):
-    """Write the three tables, all or none: they replace the old ones when the last of them is complete."""
-    temporary = folder / ".labels.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write_table(temporary / "events.parquet", events, EVENTS, metadata)
-    write_table(temporary / "episodes.parquet", episodes, EPISODES, metadata)
-    write_table(temporary / "returns.parquet", returns, RETURNS, metadata)
-    install_labels(folder)
-
-
-def install_labels(folder: Path):
-    """Put complete new labels in place, also those of a run that was killed while it did so; remove incomplete ones.
-
-    While it is done there is no returns.parquet, that is, the session has no labels.
-    """
-    temporary = folder / ".labels.tmp"
-    if (temporary / "returns.parquet").exists():
-        (folder / "returns.parquet").unlink(missing_ok=True)
-        for name in ("events.parquet", "episodes.parquet", "returns.parquet"):
-            if (temporary / name).exists():
-                os.replace(temporary / name, folder / name)
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
 def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str]:
     """What the labels were made from and with. `recording_*` tell whether they still belong to the recording."""
     gamma = args.gamma if args.half_life_s is None else gamma_from_half_life(args.half_life_s, session.fps)
-    names = "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales "
-    names += "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s "
-    names += "min_event_confidence respawn_gap_s death_reward win_reward attack_reward survival_bonus"
-    settings = {name: getattr(args, name) for name in names.split()} | {"gamma": gamma, "fps": session.fps}
-    recording = {"recording_frames": n_frames, "recording_bytes": session.video.stat().st_size}
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"gamma": gamma, "fps": session.fps}
+    recording = files.recording_of(session.folder, n_frames)
     overrides = review.load_overrides(session.folder, recording) if args.detect_events else []
     return {k: str(v) for k, v in (settings | recording | review.used(overrides)).items()}
-
-
-def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
-    """The numbers of --sprite-scales, none for auto. Raises ValueError for what is no size."""
-    if words == ("auto",):
-        return ()
-    if not all(re.fullmatch(r"\d*\.?\d+", word) and 0.25 <= float(word) <= 4 for word in words):
-        raise ValueError(f"--sprite-scales {' '.join(words)}: expected auto, or numbers from 0.25 to 4")
-    return tuple(dict.fromkeys(float(word) for word in words))
-
-
-def check_labels(folder: Path, metadata: dict[str, str]) -> None:
-    """Say that labels are kept; raise ValueError where they belong to another recording."""
-    old = review.used([]) | metadata_of(folder / "returns.parquet", RETURNS)
-    for key in ("recording_frames", "recording_bytes"):
-        if key in old and old[key] != metadata[key]:
-            raise ValueError(
-                f"{folder}/returns.parquet was made for a recording with {key} {old[key]}, recording.mp4 has "
-                f"{metadata[key]}. Label it again with --overwrite"
-            )
-    changed = [
-        f"{key} {old.get(key, 'not known')}, not {value}" for key, value in metadata.items() if old.get(key) != value
-    ]
-    note = f" (made with {'; '.join(changed)})" if changed else ""
-    print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")
 
 
 def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
     """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or shows."""
     if scales := read_scales(args.sprite_scales):
         return scales
-    made = scan_of(session.folder)
+    made = files.scan_of(session.folder)
     if not args.rescan and made.get("size_from") == "auto":
         scales = tuple(json.loads(made["scales"]))
-        wanted = scan_metadata(load_all_sprites(args, scales), metadata)
+        wanted = files.scan_metadata(load_all_sprites(args, scales), metadata)
         if all(made.get(key) == wanted[key] for key in ("recording_frames", "recording_bytes", "sprites")):
             return scales
-    scale = find_scale(args, reader, int(metadata["recording_frames"]), device, session.name)
+    n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
+    bar = partial(tqdm, desc=name, leave=False, disable=args.num_workers > 1)
+    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
     elif scale != 1:
@@ -587,14 +420,14 @@ def detect(
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
         sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
-        scan = scan_metadata(sprites, metadata)
-        detections = None if args.rescan else load_detections(session.folder, sprites, scan)
+        scan = files.scan_metadata(sprites, metadata)
+        detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
         if detections is None:
             n = int(metadata["recording_frames"])
             with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
                 detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
             how = "given" if read_scales(args.sprite_scales) else "auto"
-            save_detections(session.folder, detections, sprites, scan | {"size_from": how})
+            files.save_detections(session.folder, detections, sprites, scan | {"size_from": how})
     finally:
         torch.set_num_threads(threads)
     return sprites, detections
@@ -607,7 +440,7 @@ def judged(
     sprites, detections = detect(args, session, reader, device, metadata)
     overrides = review.load_overrides(session.folder, metadata)
     times = session.timestamps
-    return sprites, review.accept(detections, overrides, sprites, times, args.event_stride, Sighting), overrides
+    return sprites, review.accept(detections, overrides, sprites, times, args.event_stride), overrides
 
 
 def find_cards(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> list[review.Card]:
@@ -624,7 +457,7 @@ def find_cards(args: Args, session: Session, reader: VideoReader, device: str, m
     return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
 
 
-def search(args: Args, folder: Path, device: str):
+def search(args: Args, device: str, folder: Path):
     """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     try:
@@ -632,29 +465,6 @@ def search(args: Args, folder: Path, device: str):
         detect(args, session, reader, device, label_metadata(args, session, min(session.n_frames, reader.n_frames)))
     except (ValueError, OSError):
         sys.exit(1)
-
-
-def search_ahead(args: Args, folders: list[Path], device: str) -> dict[Path, int]:
-    """Search the videos of `folders` side by side, --num-workers processes at a time, each of which leaves a session's
-    detections.parquet. Returns their exit status, below 0 for one that was killed."""
-    context, todo, running, status = multiprocessing.get_context("spawn"), list(folders), {}, {}
-    with tqdm(total=len(folders), desc="videos searched", unit="session") as bar:
-        try:
-            while todo or running:
-                while todo and len(running) < args.num_workers:
-                    process = context.Process(target=search, args=(args, todo[0], device), daemon=True)
-                    process.start()
-                    running[process.sentinel] = process, todo.pop(0)
-                for sentinel in wait(list(running)):
-                    process, folder = running.pop(sentinel)
-                    process.join()
-                    status[folder] = process.exitcode
-                    bar.update()
-        finally:
-            for process, _ in running.values():
-                process.terminate()
-                process.join()
-    return status
 
 
 def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
@@ -677,7 +487,7 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
     sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
     episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), sure, times)
-    write_labels(
+    files.write_labels(
         session.folder,
         {name: [event[column] for event in events] for column, name in enumerate(EVENTS.names)},
         {name: [episode[name] for episode in episodes] for name in EPISODES.names},
@@ -692,8 +502,8 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
 def beside_truth(args: Args, session: Session, size: str, metadata: dict[str, str]) -> truth.Compared:
     """The labels of a session, and what its true events and other thresholds would give with the same settings."""
     folder, times = session.folder, session.timestamps[: int(metadata["recording_frames"])]
-    metadata = metadata | metadata_of(folder / "returns.parquet", RETURNS)
-    known = {name: ast.literal_eval(x) for name, x in metadata.items() if hasattr(args, name) and name != "win_key"}
+    metadata = metadata | files.metadata_of(folder / "returns.parquet", RETURNS)
+    known = {name: ast.literal_eval(metadata[name]) for name in SETTINGS if name != "win_key"}
     made_with = replace(args, **known | {"detect_events": args.detect_events and known["detect_events"]})
     thresholds = other_thresholds(made_with, folder, times, metadata) if made_with.detect_events else None
     label = partial(episodes_and_returns, made_with, made_with.gamma)
@@ -702,10 +512,10 @@ def beside_truth(args: Args, session: Session, size: str, metadata: dict[str, st
 
 def other_thresholds(args: Args, folder: Path, times: np.ndarray, metadata: dict[str, str]) -> truth.Thresholds | None:
     """What detections.parquet tells of labels made with `args` but for the thresholds; None if it is of others."""
-    made = scan_of(folder)
+    made = files.scan_of(folder)
     sprites = load_all_sprites(args, tuple(json.loads(made.get("scales", "[1]"))))
     chosen, sprites.thresholds = sprites.thresholds, np.ones(len(sprites.names))  # all that is there will do
-    detections = load_detections(folder, sprites, scan_metadata(sprites, metadata))
+    detections = files.load_detections(folder, sprites, files.scan_metadata(sprites, metadata))
     if detections is None:
         return None
 
@@ -758,7 +568,9 @@ def main(args: Args) -> dict:
     cards: list[review.Card] = []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
-        status = search_ahead(args, unlabelled, device) if args.num_workers > 1 and args.detect_events else {}
+        several = args.num_workers > 1 and args.detect_events
+        work = partial(search, args, device)
+        status = side_by_side(work, unlabelled, args.num_workers, "videos searched") if several else {}
     except KeyboardInterrupt:
         print(f"{len(folders)} sessions: none labelled; stopped by Ctrl-C, what was searched need not be again")
         raise SystemExit(130) from None
@@ -775,13 +587,13 @@ def main(args: Args) -> dict:
 
             # Label
             metadata = label_metadata(args, session, n)
-            install_labels(folder)
+            files.install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
                 again = args.rescan and status.get(folder) != 0  # else it was just now
                 label_session(replace(args, rescan=again), session, reader, device, metadata)
                 done["labelled"] += 1
             else:
-                check_labels(folder, metadata)
+                files.check_labels(folder, metadata, older=review.used([]))
                 done["kept"] += 1
             events = read_table(folder / "events.parquet", EVENTS).to_pylist()
             found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in truth.TRUE_NAMES}

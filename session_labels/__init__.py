@@ -1,1 +1,1 @@
-"""Labels of recorded sessions, beside making them: what a person says about doubtful events."""
+"""Parts of precompute_labels.py: sprites, files, a person's review, and the comparison with the truth."""

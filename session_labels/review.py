@@ -1,7 +1,7 @@
 """Doubtful events: a page that asks a person about them, and overrides, the person's decisions.
 
 An override accepts or rejects one place: a frame, an event, and the sprite's top left corner in recorded pixels.
-Sightings and sprites are those of precompute_labels.py. The page is review.html beside this file, filled with pictures.
+The page is review.html beside this file, filled with pictures.
 """
 
 import base64
@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 
 from common.sessions import OVERRIDES, SCHEMA_VERSION, Session, load_session, read_table, write_table
 from common.video import VideoReader
+from session_labels.files import check_recording, metadata_of, recording_of
+from session_labels.sprites import Sighting, Sprites
 
 PAGE = Path(__file__).with_suffix(".html")
 NEAR = 6  # pixels by which two places in one frame may differ and still be the same
@@ -45,24 +47,9 @@ class Override:
     accept: bool
 
 
-def same_place(a, b) -> bool:
+def same_place(a: Override | Sighting, b: Override | Sighting) -> bool:
     """Whether two of Override and Sighting, in pixels of the recording, are one place."""
     return (a.frame, a.event) == (b.frame, b.event) and max(abs(a.y - b.y), abs(a.x - b.x)) <= NEAR
-
-
-def recording_of(folder: Path) -> dict[str, int]:
-    """By which labels and overrides know their recording."""
-    session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
-    frames = min(session.n_frames, reader.n_frames)
-    return {"recording_frames": frames, "recording_bytes": session.video.stat().st_size}
-
-
-def check_recording(where: str, made_for: dict, recording: dict, mend: str):
-    """Raise ValueError where overrides belong to another recording."""
-    for key in ("recording_frames", "recording_bytes"):
-        if str(made_for.get(key)) != str(recording[key]):
-            found = f"is for a recording with {key} {made_for.get(key)}, recording.mp4 has {recording[key]}"
-            raise ValueError(f"{where} {found}. {mend}")
 
 
 def load_overrides(folder: Path, recording: dict) -> list[Override]:
@@ -70,10 +57,8 @@ def load_overrides(folder: Path, recording: dict) -> list[Override]:
     path = folder / "overrides.parquet"
     if not path.exists():
         return []
-    table = read_table(path, OVERRIDES)
-    made_for = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    check_recording(str(path), made_for, recording, MEND)
-    return [Override(*(row[name] for name in OVERRIDES.names)) for row in table.to_pylist()]
+    check_recording(str(path), metadata_of(path, OVERRIDES), recording, MEND)
+    return [Override(*(row[name] for name in OVERRIDES.names)) for row in read_table(path, OVERRIDES).to_pylist()]
 
 
 def used(overrides: list[Override]) -> dict[str, str]:
@@ -104,7 +89,8 @@ def read_overrides(path: Path, folders: list[Path], sprites: dict[str, str]) -> 
     for name, made_for in sessions.items():
         if name not in named:
             raise ValueError(f"{path} names the session {name!r}, which is not in {folders[0].parent}. {MEND}")
-        recording = recording_of(named[name])
+        frames = min(load_session(named[name]).n_frames, VideoReader(named[name] / "recording.mp4").n_frames)
+        recording = recording_of(named[name], frames)
         check_recording(f"{path}, session {name},", made_for if isinstance(made_for, dict) else {}, recording, MEND)
         found[name] = (recording, [])
     for number, row in enumerate(decisions, 1):
@@ -180,14 +166,13 @@ def import_overrides(given: Path | None, data_dir: Path, folders: list[Path], sp
 def imports_of(folder: Path) -> list[str]:
     """Digests of the files that a session's overrides came from."""
     path = folder / "overrides.parquet"
-    metadata = read_table(path, OVERRIDES).schema.metadata if path.exists() else None
-    return json.loads((metadata or {}).get(b"imports", b"[]"))
+    return json.loads(metadata_of(path, OVERRIDES).get("imports", "[]")) if path.exists() else []
 
 
 # --- ALGO LOGIC: which sightings count, once a person has decided ---
 
 
-def follow(start, sightings: list, times: np.ndarray, stride: int) -> list:
+def follow(start: Sighting, sightings: list[Sighting], times: np.ndarray, stride: int) -> list[Sighting]:
     """`start` and what goes on from it, forwards and backwards: in each frame the nearest of `sightings`, no further
     than it can have moved. It may be missing in one frame. Frame `times` (N,) in ms."""
     chain = [start]
@@ -207,10 +192,10 @@ def follow(start, sightings: list, times: np.ndarray, stride: int) -> list:
 
 
 def accept(
-    detections: list, overrides: list[Override], sprites, times: np.ndarray, stride: int, make: Callable
-) -> list:
+    detections: list[Sighting], overrides: list[Override], sprites: Sprites, times: np.ndarray, stride: int
+) -> list[Sighting]:
     """`detections` with score 1 at the places that a person has accepted, also where there was none. What is not sure
-    without the person is one sprite with score 1 from its first frame to its last. `make` makes a detection."""
+    without the person is one sprite with score 1 from its first frame to its last."""
     detections, accepted = list(detections), {}
     for override in (o for o in overrides if o.accept):
         kind = kind_of(override.sprite)
@@ -218,7 +203,7 @@ def accept(
             raise ValueError(f"overrides.parquet names the sprite {kind!r}, which is not looked for. {MEND}")
         here = [d for d in detections if same_place(d, override) and sprites.kinds[d.sprite] == kind]
         if not here:
-            here = [make(override.frame, override.event, sprites.kinds.index(kind), 0.0, override.y, override.x)]
+            here = [Sighting(override.frame, override.event, sprites.kinds.index(kind), 0.0, override.y, override.x)]
             detections += here
         start = max(here, key=lambda d: d.score)
         weak = [d for d in detections if d.event == start.event and d.score < sprites.thresholds[d.sprite]]
@@ -228,11 +213,13 @@ def accept(
     return sorted(marked, key=lambda d: d.frame)
 
 
-def whole(_, group: list) -> list:
+def whole(_, group: list[Sighting]) -> list[Sighting]:
     return group
 
 
-def without_rejected(groups: list[list], overrides: list[Override], together: Callable = whole) -> list[list]:
+def without_rejected(
+    groups: list[list[Sighting]], overrides: Sequence[Override], together: Callable = whole
+) -> list[list[Sighting]]:
     """`groups` of sightings, each an event, without those whose best place goes with a rejected one.
 
     `together(sighting, group)` is what goes with a sighting. Of other events that goes alone, and of those in which a
@@ -250,7 +237,7 @@ def without_rejected(groups: list[list], overrides: list[Override], together: Ca
     return [group for group in kept if group]
 
 
-def is_judged(sighting, overrides: list[Override], accepted: bool) -> bool:
+def is_judged(sighting: Sighting, overrides: Sequence[Override], accepted: bool) -> bool:
     return any(o.accept == accepted and same_place(sighting.recorded, o) for o in overrides)
 
 
@@ -302,7 +289,7 @@ def doubtful(groups_at: Callable[..., list[list]], overrides: list[Override]) ->
 
 
 def make_cards(
-    session: Session, metadata: dict, sprites, groups_at: Callable, overrides: list[Override], stride: int
+    session: Session, metadata: dict, sprites: Sprites, groups_at: Callable, overrides: list[Override], stride: int
 ) -> list[Card]:
     """A card for each doubtful event of a session."""
     recording = {name: int(metadata[name]) for name in ("recording_frames", "recording_bytes")}
@@ -311,7 +298,9 @@ def make_cards(
     return cards + [make_card(session, recording, sprites, group, False, stride) for group in weak]
 
 
-def make_card(session: Session, recording: dict, sprites, group: list, taken: bool, stride: int) -> Card:
+def make_card(
+    session: Session, recording: dict, sprites: Sprites, group: list[Sighting], taken: bool, stride: int
+) -> Card:
     """The card of a group of sightings."""
     places = [s.recorded for s in group]
     best = max(places, key=lambda d: d.score - sprites.thresholds[d.sprite])

@@ -109,8 +109,10 @@ def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
 
     def events(stride: int) -> dict:
         seen, options = [d for d in all_found if d.frame % stride == 0], precompute_labels.Args(event_stride=stride)
-        found = {name: precompute_labels.sprite_events(options, name, seen, sprites, times) for name in TOLERANCE_S}
-        return {name: [frame for frame, _ in events] for name, events in found.items()}
+        found = {}
+        for name in precompute_labels.SPRITES:
+            found[name] = [f for f, _ in precompute_labels.sprite_events(options, name, seen, sprites, times)]
+        return found
 
     def equal(a: dict, b: dict) -> bool:
         if any(len(a[name]) != len(b[name]) for name in a):

@@ -39,8 +39,8 @@ from precompute_labels import (
     main,
     sprite_groups,
     win_events,
-    write_labels,
 )
+from session_labels.files import write_labels
 from tests.reference import specified_returns
 from tests.synthetic import write_session
 
@@ -459,13 +459,13 @@ def test_doubtful_events_end_no_episode_and_bring_no_reward(dataset):
     assert bounds(episodes.to_pylist()) == [(0, 114, "WIN", 1, 115)]
 
 
-def search_or_die(args, folder, device):
+def search_or_die(args, device, folder):
     """Stands in for `search` in a process of its own: that of run_a is killed half-way."""
     if folder.name == "run_a":
         write_table(folder / "detections.parquet", {name: [] for name in DETECTIONS.names}, DETECTIONS)
         (folder / "detections.parquet").rename(folder / ".detections.parquet.tmp")
         os.kill(os.getpid(), 9)
-    precompute_labels.search(args, folder, device)
+    precompute_labels.search(args, device, folder)
 
 
 def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def test_the_nearest_of_both_sides_are_chosen():
 
 
 def accepted(detections, *overrides, stride=1):
-    return accept(detections, list(overrides), SPRITES, TIMES, stride, Sighting)
+    return accept(detections, list(overrides), SPRITES, TIMES, stride)
 
 
 def test_accepted_place_is_an_event_from_its_first_frame_on():
@@ -137,7 +137,7 @@ def test_accepted_event_is_one_sprite():
     """Else each of the two sprites would be a squished enemy."""
     sprites = SimpleNamespace(kinds=["left", "right"], thresholds=np.array([0.85, 0.85]))
     detections = [place(i, 0.8 - 0.01 * (i % 2), event="ATTACK", sprite=i % 2) for i in range(10, 20)]
-    chosen = accept(detections, [override(10, True, event="ATTACK", sprite="left")], sprites, TIMES, 1, Sighting)
+    chosen = accept(detections, [override(10, True, event="ATTACK", sprite="left")], sprites, TIMES, 1)
     assert [(s.frame, s.sprite) for s in chosen] == [(i, 0) for i in range(10, 20)]
     assert len(groups_of("ATTACK", seen(chosen))) == 1
 

@@ -1,0 +1,100 @@
+"""Sprites that are looked for in recordings, where they are seen, and how large a recording shows them."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.template_matching import Finder, find
+from common.video import VideoReader, grey, iter_frames
+
+KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
+SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
+CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
+SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
+
+
+@dataclass
+class Sprites:
+    """The T sprites of all events, ready to be found."""
+
+    finder: Finder
+    names: list[str]  # T, such as squished-left and squished-left mirrored, and x1.4 for sizes other than 1
+    kinds: list[str]  # T, the names without a size
+    events: list[str]  # T
+    scales: list[float]  # T
+    thresholds: np.ndarray  # (T,) scores
+    folder: Path  # of their pictures
+
+
+@dataclass
+class Sighting:
+    """A sprite seen in a frame, its top left corner in pixels."""
+
+    frame: int
+    event: str
+    sprite: int  # which of the T
+    score: float
+    y: float
+    x: float
+    recorded: "Sighting | None" = field(default=None, repr=False)  # the detection, where y and x are in drawn pixels
+
+
+def kept_from(thresholds: np.ndarray) -> np.ndarray:
+    """The scores from which places are kept."""
+    return np.maximum(0.01, thresholds - KEPT).round(6)
+
+
+def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
+    """The numbers of --sprite-scales, none for auto. Raises ValueError for what is no size."""
+    if words == ("auto",):
+        return ()
+    if not all(re.fullmatch(r"\d*\.?\d+", word) and 0.25 <= float(word) <= 4 for word in words):
+        raise ValueError(f"--sprite-scales {' '.join(words)}: expected auto, or numbers from 0.25 to 4")
+    return tuple(dict.fromkeys(float(word) for word in words))
+
+
+def find_scale(
+    load: Callable[[tuple[float, ...]], Sprites],
+    threshold: float,
+    reader: VideoReader,
+    n_frames: int,
+    device: str,
+    bar: Callable = iter,
+) -> float | None:
+    """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
+    no sprite scores `threshold` in two of them. 1 is tried first, then frames scaled the other way by SCALES, then
+    sprites scaled by what lies around the best of these, in the frames that it was seen in. `load` makes the sprites
+    at some sizes."""
+    stride = max(1, n_frames // SAMPLE)
+    sample = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
+    frames, drawn = torch.cat(sample)[:, None], load((1.0,))  # (n, 1, H, W)
+    largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
+
+    def best_scores(scale: float) -> list[float]:  # of each frame
+        size = [round(side / scale) for side in frames.shape[2:]]
+        if size[0] < largest[0] or size[1] < largest[1]:
+            return [0.0]
+        parts = (part.to(device).float() for part in frames.split(8))
+        if scale != 1:
+            parts = (F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts)
+        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part[:, 0], drawn.finder)]
+
+    best = {1.0: best_scores(1.0)}
+    if max(best[1.0]) < CLEAR:
+        best |= {scale: best_scores(scale) for scale in bar(SCALES)}
+    scale = max(best, key=lambda scale: max(best[scale]))
+    if max(best[1.0]) >= CLEAR:
+        return 1.0
+    if sum(score >= threshold for score in best[scale]) < 2:  # one may be chance
+        return 1.0 if max(best[1.0]) >= threshold else None
+    clearest = frames[np.argsort(best[scale])[-SURE:], 0].to(device).float()
+    fine = {}
+    for around in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]:
+        hits = find(clearest, load((around,)).finder)
+        fine[around] = max((those[0][0] for those in hits if those), default=0.0)
+    return max(fine, key=fine.get)
