@@ -7,9 +7,9 @@ returns.
     python precompute_labels.py --data-dir sample_dataset
 
 Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
-where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --truth truth.parquet
-compares them with what scripted recordings know, in label_report/; --review asks a person, on review.html. Page:
-docs/precompute_labels.md
+where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --progress-reward adds
+how far the picture scrolled, --truth truth.parquet compares with what scripted recordings know, in label_report/,
+--review asks a person, on review.html. Page: docs/precompute_labels.md
 """
 
 import ast
@@ -43,7 +43,7 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import files, review, truth
+from session_labels import files, review, scrolling, truth
 from session_labels.review import Override
 from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
 from session_labels.workers import side_by_side
@@ -54,7 +54,7 @@ SPRITES = {
     "ATTACK": ["creatures/snowball/squished-left.png", "creatures/snowball/mrs-squished-left.png"],
 }
 SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
-STAYS_MS = 2200  # what is seen for longer is more than one
+STAYS_MS = 2200  # what is seen for longer than this is two on one place
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
 CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
 
@@ -119,6 +119,8 @@ class Args:
     """reward for a squished enemy, to the frames before it"""
     survival_bonus: float = 0.0
     """reward on every other frame of an episode"""
+    progress_reward: float = 0.0
+    """reward for each sprite width that the picture scrolls to the right, to the frame before; 0: not measured"""
     gamma: float = 0.99
     """discount per frame, 0 to 1"""
     half_life_s: float | None = None
@@ -128,8 +130,9 @@ class Args:
 SETTINGS = (
     "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales event_stride "
     "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
-    "respawn_gap_s death_reward win_reward attack_reward survival_bonus gamma"
+    "respawn_gap_s death_reward win_reward attack_reward survival_bonus progress_reward gamma"
 ).split()  # of Args, which labels depend on and tell in their metadata
+OLDER = {"progress_reward": "0.0"} | review.used([])  # what labels were made with that do not say it
 
 
 # --- ALGO LOGIC: sightings of sprites and key presses -> events -> episodes -> rewards. N frames of a session ---
@@ -291,8 +294,9 @@ def sprite_groups(
     """The sightings of each death or squished enemy, as `event` says, without what a person has rejected."""
     if event == "ATTACK":
         return review.without_rejected(attack_groups(sightings, times), overrides)
-    stride, deaths = args.event_stride, death_groups(sightings, times, args.death_min_gap_s, args.event_stride)
-    return review.without_rejected(deaths, overrides, lambda s, group: review.follow(s, group, times, stride))
+    deaths = death_groups(sightings, times, args.death_min_gap_s, args.event_stride)
+    together = partial(review.follow, times=times, stride=args.event_stride)
+    return review.without_rejected(deaths, overrides, together)
 
 
 def group_events(event: str, groups: list[list[Sighting]], times: np.ndarray) -> list[tuple[int, float]]:
@@ -323,13 +327,17 @@ def sprite_events(
 
 
 def episodes_and_returns(
-    args: Args, gamma: float, events: list[tuple[int, str]], times: np.ndarray
+    args: Args, gamma: float, steps: np.ndarray | None, events: list[tuple[int, str]], times: np.ndarray
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Rows of EPISODES and columns of RETURNS, from `events` (frame, name)."""
+    """Rows of EPISODES and columns of RETURNS, from `events` (frame, name). `steps` (N,): the camera's into each frame,
+    where progress is rewarded."""
     outcomes = {"DEATH": args.death_reward, "WIN": args.win_reward}
     episodes = find_episodes(events, times, outcomes, args.respawn_gap_s)
     attacks = [frame for frame, name in events if name == "ATTACK"]
     rewards = [episode_rewards(e, attacks, args.survival_bonus, args.attack_reward, gamma) for e in episodes]
+    if steps is not None:
+        for reward, e in zip(rewards, episodes, strict=True):
+            reward += args.progress_reward * scrolling.progress_rewards(steps, e["start_frame"], e["end_frame"])
     return episodes, {
         "frame_idx": np.concatenate([np.arange(e["start_frame"], e["end_frame"] + 1) for e in episodes]),
         "return": np.concatenate([discounted_returns(r, gamma) for r in rewards]),
@@ -439,8 +447,8 @@ def judged(
     """The sprites, where they are, what a person has accepted among it, and all that a person has decided."""
     sprites, detections = detect(args, session, reader, device, metadata)
     overrides = review.load_overrides(session.folder, metadata)
-    times = session.timestamps
-    return sprites, review.accept(detections, overrides, sprites, times, args.event_stride), overrides
+    detections = review.accept(detections, overrides, sprites, session.timestamps, args.event_stride)
+    return sprites, detections, overrides
 
 
 def find_cards(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> list[review.Card]:
@@ -457,12 +465,25 @@ def find_cards(args: Args, session: Session, reader: VideoReader, device: str, m
     return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
 
 
+def scroll(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> np.ndarray | None:
+    """The camera's step into each frame (N,), in widths of the sprites that were found, else of --sprite-scales; None
+    where progress is not rewarded."""
+    if args.progress_reward == 0:
+        return None
+    found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
+    width = scrolling.SPRITE * [*found, *read_scales(args.sprite_scales), 1.0][0]
+    n, show = int(metadata["recording_frames"]), args.num_workers == 1
+    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, show)
+
+
 def search(args: Args, device: str, folder: Path):
     """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     try:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
-        detect(args, session, reader, device, label_metadata(args, session, min(session.n_frames, reader.n_frames)))
+        metadata = label_metadata(args, session, min(session.n_frames, reader.n_frames))
+        detect(args, session, reader, device, metadata)
+        scroll(args, session, reader, device, metadata)
     except (ValueError, OSError):
         sys.exit(1)
 
@@ -486,7 +507,8 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     events = [(frame, "DEATH", peak) for frame, peak in deaths] + [(frame, "WIN", 1.0) for frame in wins]
     events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
     sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
-    episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), sure, times)
+    steps = scroll(args, session, reader, device, metadata)
+    episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), steps, sure, times)
     files.write_labels(
         session.folder,
         {name: [event[column] for event in events] for column, name in enumerate(EVENTS.names)},
@@ -499,14 +521,19 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
 # --- Comparison with the truth ---
 
 
-def beside_truth(args: Args, session: Session, size: str, metadata: dict[str, str]) -> truth.Compared:
+def beside_truth(
+    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict[str, str]
+) -> truth.Compared:
     """The labels of a session, and what its true events and other thresholds would give with the same settings."""
     folder, times = session.folder, session.timestamps[: int(metadata["recording_frames"])]
-    metadata = metadata | files.metadata_of(folder / "returns.parquet", RETURNS)
+    metadata = metadata | OLDER | files.metadata_of(folder / "returns.parquet", RETURNS)
     known = {name: ast.literal_eval(metadata[name]) for name in SETTINGS if name != "win_key"}
-    made_with = replace(args, **known | {"detect_events": args.detect_events and known["detect_events"]})
-    thresholds = other_thresholds(made_with, folder, times, metadata) if made_with.detect_events else None
-    label = partial(episodes_and_returns, made_with, made_with.gamma)
+    made_with, thresholds = replace(args, **known, rescan=False), None
+    if args.detect_events and made_with.detect_events:
+        thresholds = other_thresholds(made_with, folder, times, metadata)
+    steps = scroll(made_with, session, reader, device, metadata)  # the same, so that only events differ
+    label = partial(episodes_and_returns, made_with, made_with.gamma, steps)
+    size = f"{reader.width}x{reader.height}"
     return truth.compare(session.name, size, folder / args.truth, times, label, thresholds)
 
 
@@ -564,8 +591,8 @@ def main(args: Args) -> dict:
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
-    sessions, failures, compared, done, stopped = {}, [], [], {"labelled": 0, "kept": 0}, False
-    cards: list[review.Card] = []
+    sessions, failures, done, stopped = {}, [], {"labelled": 0, "kept": 0}, False
+    cards, compared, curves = [], [], []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
         several = args.num_workers > 1 and args.detect_events
@@ -593,7 +620,7 @@ def main(args: Args) -> dict:
                 label_session(replace(args, rescan=again), session, reader, device, metadata)
                 done["labelled"] += 1
             else:
-                files.check_labels(folder, metadata, older=review.used([]))
+                files.check_labels(folder, metadata, OLDER)
                 done["kept"] += 1
             events = read_table(folder / "events.parquet", EVENTS).to_pylist()
             found = {name: [e["frame_idx"] for e in events if e["event"] == name] for name in truth.TRUE_NAMES}
@@ -608,7 +635,12 @@ def main(args: Args) -> dict:
 
             # Compare
             if args.truth is not None and truth.is_there(folder / args.truth):
-                compared.append(beside_truth(args, session, f"{reader.width}x{reader.height}", metadata))
+                compared.append(beside_truth(args, session, reader, device, metadata))
+                if args.progress_reward:
+                    those = scrolling.true_curves(folder / args.truth, session.timestamps[:n], reader.width)
+                    if not those:
+                        print(f"{folder.name}: no positions in {args.truth}, or no progress.parquet: none compared")
+                    curves += those
             elif args.truth is not None:
                 print(f"{folder.name}: no {args.truth}, not compared")
         except KeyboardInterrupt:
@@ -624,6 +656,9 @@ def main(args: Args) -> dict:
         print(f"{args.data_dir / 'review.html'} asks about {len(cards)} events, {taken} of them taken; open it")
     try:
         totals = truth.write_report(args.data_dir / "label_report", compared) if compared and not stopped else None
+        if curves and not stopped:
+            print(scrolling.progress_report(curves))
+            scrolling.draw_progress(curves, args.data_dir / "label_report" / "progress.png")
     except OSError as error:
         raise SystemExit(f"the labels are written, {args.data_dir}/label_report cannot be: {error}") from None
     counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in truth.TRUE_NAMES)

@@ -1,9 +1,9 @@
 """Session files: what a recorded session holds, read and written in one place. The contract is docs/data.md, schema v1.
 
 A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `detections.parquet`,
-`events.parquet`, `episodes.parquet`, `returns.parquet`, `overrides.parquet` once a person has judged some of it, and
-`truth.parquet` where the game could be asked. The older form holds the same fields as one JSON object a line
-(`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
+`events.parquet`, `episodes.parquet`, `returns.parquet`, maybe `progress.parquet`, `overrides.parquet` once a person has
+judged some of it, and `truth.parquet` where the game could be asked. The older form holds the same fields as one JSON
+object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
 """
 
 import json
@@ -64,6 +64,15 @@ EPISODES = pa.schema(
         ("outcome", pa.string()),  # DEATH | WIN | INCOMPLETE
         ("reward", pa.float64()),  # at the end frame
         ("length", pa.int64()),
+    ]
+)
+PROGRESS = pa.schema(
+    [
+        ("frame_idx", pa.int64()),
+        ("dx", pa.float64()),  # how the camera moved into this frame, pixels to the right
+        ("dy", pa.float64()),  # down
+        ("confidence", pa.float64()),
+        ("progress", pa.float64()),  # sprite widths to the right since the last cut
     ]
 )
 RETURNS = pa.schema([("frame_idx", pa.int64()), ("return", pa.float64()), ("reward", pa.float64())])
@@ -279,7 +288,7 @@ _LATER_COLUMNS = {"repeated", "source", "reward", "x", "y"}  # schema v1 added t
 _NULLABLE = _LATER_COLUMNS | {"key_code", "key_name", "state", "data"}
 _LABEL = "Make it with: python precompute_labels.py --data-dir <the folder above the session>"
 _ASK = "Take it away, and ask again with: python precompute_labels.py --review 60"
-_MEND = {"overrides": _ASK, "events": _LABEL, "episodes": _LABEL, "returns": _LABEL}
+_MEND = {"overrides": _ASK} | dict.fromkeys(("progress", "events", "episodes", "returns"), _LABEL)
 
 
 def write_table(path: Path | str, rows: dict[str, list] | pa.Table, schema: pa.Schema, metadata: dict | None = None):

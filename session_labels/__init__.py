@@ -1,1 +1,1 @@
-"""Parts of precompute_labels.py: sprites, files, a person's review, and the comparison with the truth."""
+"""Parts of precompute_labels.py: sprites, files, a person's review, scrolling, and the comparison with the truth."""

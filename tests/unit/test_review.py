@@ -290,6 +290,18 @@ def test_rejected_event_goes_and_stays_away(asked_dataset, capsys):
     assert table.schema.metadata[b"schema_version"] == b"1" and table.schema.metadata[b"recording_frames"] == b"120"
 
 
+def test_comparison_counts_decisions_and_its_curves_do_not(asked_dataset):
+    card = next(c for c in page_of(asked_dataset)["cards"] if c["session"] == "run_a" and c["frame_idx"] < 60)
+    decide(asked_dataset, (card, False))
+    main(arguments(asked_dataset, sprite_threshold=0.95, overwrite=True, truth="truth.parquet"))
+    report, curves = (
+        pq.read_table(asked_dataset / "label_report" / f"{name}.parquet").to_pylist() for name in ("report", "curves")
+    )
+    figures = [(row["metric"], row["value"]) for row in report if (row["event"], row["size"]) == ("DEATH", "all")]
+    assert dict(figures)["found"] == 1 and dict(figures)["true"] == 2
+    assert [row["found"] for row in curves if (row["event"], row["threshold"]) == ("DEATH", 0.95)] == [2]
+
+
 @pytest.mark.parametrize(("name", "event"), [("run_a", "DEATH"), ("run_b", "ATTACK")])
 def test_accepted_place_below_the_threshold_is_an_event(asked_dataset, name, event):
     (first, _, peak), (_, _, other) = events(asked_dataset / name)[:2]
