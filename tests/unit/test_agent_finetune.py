@@ -662,6 +662,32 @@ def test_the_best_task_has_the_highest_mean_return():
     assert a.best_task(rows) == 2
 
 
+def test_returns_are_of_what_comes_after_a_row_and_known_where_the_game_ends():
+    rows = some_rows([(0, 4), (4, 12), (12, 22)], [0, 2, 3, 7])
+    rows.cont[3] = 0  # the first game ends, the others break off
+    returns = a.recorded_returns(rows, 0.5)
+    assert returns[:4].tolist() == [0.75, 1.5, 1, 0]  # the reward of row 0 came before
+    assert returns[4:8].tolist() == [0.25, 0.5, 1, 0]  # 0.5 ** 4 is below a tenth, 0.5 ** 3 is not
+    assert returns[8:12].isnan().all() and returns[12:18].eq(0).all()
+    rows.rew_valid[6] = False
+    returns = a.recorded_returns(rows, 0.5)
+    assert returns[4:6].isnan().all() and returns[6:8].tolist() == [1, 0]
+
+
+def test_the_value_begins_with_recorded_returns(dynamics):
+    torch.manual_seed(0)
+    rows, heads = some_rows([(0, 400)], list(range(0, 400, 10))), random_heads()
+    rows.keys = torch.zeros(400, 2)
+    rows.z = torch.zeros(400, 3, 4)
+    rows.z[:, 0, 0] = torch.arange(400) % 10 / 10 - 0.5  # how far the next reward is
+    before = {name: x.clone() for name, x in heads.state_dict().items()}
+    args = a.Args(gamma=0.5)
+    assert a.fit_value(dynamics, heads, rows, rows, args, "cpu") > 0.4  # an untrained network reads; a constant explains 0
+    assert {n.split(".")[0] for n, x in heads.state_dict().items() if not torch.equal(x, before[n])} == {"value"}
+    rows.rew_valid[:] = False
+    assert math.isnan(a.fit_value(dynamics, heads, rows, rows, args, "cpu"))
+
+
 def test_rows_beyond_a_run_do_not_count():
     rows = some_rows([(0, 10), (10, 13), (13, 40)], [12])
     windows = np.array([[2, 10], [10, 13], [30, 40]])
