@@ -111,7 +111,7 @@ class Args:
     weight_decay: float = 0.01
     """of AdamW; none on norms, biases, embeddings"""
     warmup_steps: int = 100
-    """updates in which the learning rate rises from 0, in each phase"""
+    """updates in which the learning rate rises from 0, in each phase, but no more than a fifth of them"""
     anneal_lr: bool = True
     """the learning rate falls to 0 along each phase"""
     max_grad_norm: float = 1.0
@@ -150,15 +150,15 @@ class Args:
     agent_signal: float = 0.5
     """frames noisier than this signal level train no head; 0 (pure noise) .. 1"""
 
-    horizon: int = 15
-    """actions of a dream"""
+    horizon: int = 4
+    """actions of a dream, 1 or more: no longer than the dynamics keeps what is small in the picture"""
     gamma: float = 0.95
     """discount of a step, 0..1; the paper has 0.997"""
     lam: float = 0.95
     """lambda of the returns: 0 trusts the value one step ahead, 1 only the rewards and the last value"""
     alpha: float = 0.5
     """weight of actions that turned out well against those that did not, 0..1"""
-    beta: float = 0.3
+    beta: float = 1.0
     """weight of the distance (KL) to the policy of the agent phase"""
     context_noise: float = 0.0
     """noise in what a dream has seen, 0..1; 0 is the least that was trained, 1 / k_max, as at play"""
@@ -219,8 +219,8 @@ class Preset:
     k_max: int = 8  # the finest step is 1 / k_max
     context: int = 16  # frames that a layer of the dynamics sees at once
     lengths: tuple[int, int] = (8, 24)  # rows of a short and of a long window
-    batch_sizes: tuple[int, int, int, int] = (16, 16, 16, 64)  # by phase
-    steps: tuple[int, int, int, int] = (1000, 2000, 3000, 300)
+    batch_sizes: tuple[int, int, int, int] = (16, 16, 16, 192)  # by phase
+    steps: tuple[int, int, int, int] = (1000, 2000, 3000, 60)
     lr: float = 3e-3
 
 
@@ -1631,7 +1631,7 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
 
             # step
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                rise, fall = (step + 1) / max(1, args.warmup_steps), 1 - step / n_steps if args.anneal_lr else 1.0
+                rise, fall = (step + 1) / max(1, min(args.warmup_steps, n_steps // 5)), 1 - step / n_steps if args.anneal_lr else 1.0
                 group["lr"] = group["base_lr"] * min(1.0, rise) * fall
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
