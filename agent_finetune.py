@@ -1630,8 +1630,9 @@ def train(phase, args, rows: Rows, networks, n_steps, task, resumed, save, write
             loss = sum(rms[name](terms[name]) for name in TERMS[phase])
 
             # step
+            warmup = max(1, min(args.warmup_steps, n_steps // 5))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                rise, fall = (step + 1) / max(1, min(args.warmup_steps, n_steps // 5)), 1 - step / n_steps if args.anneal_lr else 1.0
+                rise, fall = (step + 1) / warmup, 1 - step / n_steps if args.anneal_lr else 1.0
                 group["lr"] = group["base_lr"] * min(1.0, rise) * fall
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)

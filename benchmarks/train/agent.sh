@@ -55,8 +55,8 @@ for part in ${*:-pack packed sample imagine ablations summary}; do
         sample) train sample sample_packed ;;
         ablations)
             imagine lambda --no-baselines --lam 0.8
-            imagine horizon --no-baselines --horizon 8
-            imagine beta --no-baselines --beta 1.0
+            imagine horizon --no-baselines --horizon 15
+            imagine beta --no-baselines --beta 0.3
             imagine noise --no-baselines --context-noise 0.25
             ;;
         summary) $PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS" ;;

@@ -682,7 +682,7 @@ def test_the_value_begins_with_recorded_returns(dynamics):
     rows.z[:, 0, 0] = torch.arange(400) % 10 / 10 - 0.5  # how far the next reward is
     before = {name: x.clone() for name, x in heads.state_dict().items()}
     args = a.Args(gamma=0.5)
-    assert a.fit_value(dynamics, heads, rows, rows, args, "cpu") > 0.4  # an untrained network reads; a constant explains 0
+    assert a.fit_value(dynamics, heads, rows, rows, args, "cpu") > 0.4  # read by an untrained network; a constant has 0
     assert {n.split(".")[0] for n, x in heads.state_dict().items() if not torch.equal(x, before[n])} == {"value"}
     rows.rew_valid[:] = False
     assert math.isnan(a.fit_value(dynamics, heads, rows, rows, args, "cpu"))
