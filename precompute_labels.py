@@ -649,18 +649,20 @@ def main(args: Args) -> dict:
         except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{folder}: {error}")
 
-    if args.review and sessions and not stopped:
-        cards = review.choose(cards, args.review)
-        review.write_page(args.data_dir / "review.html", cards, drawn.folder, args.data_dir)
-        taken = sum(card.taken for card in cards)
-        print(f"{args.data_dir / 'review.html'} asks about {len(cards)} events, {taken} of them taken; open it")
+    totals = None
     try:
-        totals = truth.write_report(args.data_dir / "label_report", compared) if compared and not stopped else None
+        if args.review and sessions and not stopped:
+            cards = review.choose(cards, args.review)
+            review.write_page(args.data_dir / "review.html", cards, drawn.folder, args.data_dir)
+            taken = sum(card.taken for card in cards)
+            print(f"{args.data_dir / 'review.html'} asks about {len(cards)} events, {taken} of them taken; open it")
+        if compared and not stopped:
+            totals = truth.write_report(args.data_dir / "label_report", compared)
         if curves and not stopped:
             print(scrolling.progress_report(curves))
             scrolling.draw_progress(curves, args.data_dir / "label_report" / "progress.png")
     except OSError as error:
-        raise SystemExit(f"the labels are written, {args.data_dir}/label_report cannot be: {error}") from None
+        raise SystemExit(f"the labels are written, what tells of them in {args.data_dir} is not: {error}") from None
     counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in truth.TRUE_NAMES)
     summary = (
         f"{len(folders)} sessions: {done['labelled']} labelled, {done['kept']} kept, {len(failures)} failed; {counts}"

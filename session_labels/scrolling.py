@@ -319,5 +319,8 @@ def draw_progress(curves: list[Curve], path: Path, most: int = 12):
         ax.axis("off")
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=90)
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=90)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -750,8 +750,11 @@ def test_report_that_cannot_be_written_leaves_the_last(dataset, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(SystemExit, match="the labels are written, .*label_report cannot be: .*No space left"):
+    with pytest.raises(SystemExit, match="the labels are written, .* is not: .*No space left"):
         compared(dataset, overwrite=True, death_threshold=0.9999)
+    monkeypatch.setattr("session_labels.review.write_page", full)
+    with pytest.raises(SystemExit, match="the labels are written, .* is not: .*No space left"):
+        main(arguments(dataset, review=5))
     assert {path.name: path.read_bytes() for path in (dataset / "label_report").iterdir()} == before
     assert not list(dataset.glob(".*")) and len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 1
 
