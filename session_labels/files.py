@@ -80,9 +80,13 @@ def write_labels(folder: Path, events: dict, episodes: dict, returns: dict, meta
     temporary = folder / ".labels.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    write_table(temporary / "events.parquet", events, EVENTS, metadata)
-    write_table(temporary / "episodes.parquet", episodes, EPISODES, metadata)
-    write_table(temporary / "returns.parquet", returns, RETURNS, metadata)
+    try:
+        write_table(temporary / "events.parquet", events, EVENTS, metadata)
+        write_table(temporary / "episodes.parquet", episodes, EPISODES, metadata)
+        write_table(temporary / "returns.parquet", returns, RETURNS, metadata)
+    except BaseException:  # a full disk, Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     install_labels(folder)
 
 

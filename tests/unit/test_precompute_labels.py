@@ -509,6 +509,26 @@ def test_labels_of_another_recording_are_an_error(dataset):
     assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["ATTACK", "ATTACK", "WIN"]
 
 
+def test_a_full_disk_costs_the_sessions_that_do_not_fit(dataset, monkeypatch):
+    write = pq.write_table
+
+    def full(table, path, *args, **options):
+        write(table, path, *args, **options)
+        if path.name == ".returns.parquet.tmp" and "run_a" in str(path):
+            raise OSError(28, "No space left on device")  # after a part was written
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    with pytest.raises(SystemExit, match="(?s)1 of 2 sessions failed:.*run_a: .*No space left.*1 labelled, 0 kept"):
+        main(arguments(dataset))
+    found = {path.name for path in (dataset / "run_a").iterdir()}
+    assert "detections.parquet" in found and not found & {"events.parquet", "episodes.parquet", "returns.parquet"}
+    assert not list(dataset.glob("*/.*"))
+    assert (dataset / "run_b" / "returns.parquet").exists()
+    monkeypatch.undo()
+    assert main(arguments(dataset))["sessions"].keys() == {"run_a", "run_b"}
+    assert not list(dataset.glob("*/.*"))
+
+
 def test_unreadable_session_does_not_stop_the_others(dataset):
     (dataset / "run_a" / "recording.mp4").write_bytes(b"no video")
     with pytest.raises(
