@@ -601,7 +601,7 @@ class Heads(nn.Module):
         super().__init__()
         self.n_movement, self.n_keys = n_movement, n_keys
         self.reward, self.policy = Head(dim, ahead, N_BINS), Head(dim, ahead, n_movement + n_keys)
-        self.cont, self.value = Head(dim, 1, 1), Head(dim, 1, N_BINS)  # the value learns in the imagination
+        self.cont, self.value = Head(dim, 1, 1), Head(dim, 1, N_BINS)  # the value learns in imagination
         self.register_buffer("reward_bins", symexp_bins(N_BINS, reward_limit).float(), persistent=False)
         self.register_buffer("value_bins", symexp_bins(N_BINS, value_limit).float(), persistent=False)
 
@@ -1308,7 +1308,7 @@ def imagine_terms(dynamics: Dynamics, heads: Heads, prior: Head, batch: dict, ar
 
 def fit_value(dynamics: Dynamics, heads: Heads, rows: Rows, held: Rows, args: Args, device) -> float:
     """The value begins with what followed the recorded frames: dreams are too short, and too kind, to teach it that.
-    Returns the share of the held-out returns' variance that it explains."""
+    Returns the share of the held-out returns' variance that it explains, NaN where too few returns are known."""
     h, returns = read_rows(dynamics, rows, device), recorded_returns(rows, args.gamma).to(device)
     known, value = torch.nonzero(returns.isfinite())[:, 0], heads.value.requires_grad_(True)
     if not len(known):
@@ -1324,7 +1324,7 @@ def fit_value(dynamics: Dynamics, heads: Heads, rows: Rows, held: Rows, args: Ar
     with torch.no_grad():
         found = twohot_decode(value(read_rows(dynamics, held, device))[:, 0], heads.value_bins).cpu()
     known = returns.isfinite()
-    return float(1 - (returns - found)[known].var() / returns[known].var())
+    return float(1 - (returns - found)[known].var() / returns[known].var()) if known.sum() > 1 else math.nan
 
 
 BUILD = {"tokenizer": Tokenizer, "dynamics": Dynamics, "heads": Heads, "prior": Head}
@@ -1792,7 +1792,10 @@ def main(args: Args) -> dict:
                 raise SystemExit(f"{error}. The agent is in {agent}, --phase eval plays it") from None
             explained = fit_value(networks["dynamics"], networks["heads"], rows, held, args, device)
             writer.add_scalar("train/value_explained_variance", explained, before[phase])
-            print(f"the value explains {explained:.0%} of the variance of what followed in the held-out games")
+            if math.isnan(explained):
+                print(f"the runs break off before --gamma {args.gamma:g} has seen enough: the value is not checked")
+            else:
+                print(f"the value explains {explained:.0%} of the variance of what followed in the held-out games")
 
         def save(name: str, phase=phase, **training):
             state = {"sizes": {name: network.sizes for name, network in networks.items()}, "done": done, "phase": phase}
