@@ -158,6 +158,8 @@ class Args:
     """lambda of the returns: 0 trusts the value one step ahead, 1 only the rewards and the last value"""
     alpha: float = 0.5
     """weight of actions that turned out well against those that did not, 0..1"""
+    advantage_weights: bool = True
+    """an action counts by how far its return is from the value; otherwise, as in the paper, all count alike"""
     beta: float = 1.0
     """weight of the distance (KL) to the policy of the agent phase"""
     context_noise: float = 0.0
@@ -762,11 +764,13 @@ def lambda_returns(rewards, values, continues, gamma: float, lam: float) -> torc
     return torch.stack(returns[::-1], -1)
 
 
-def pmpo_loss(log_probs: torch.Tensor, advantages: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
-    """Eq. 11 before its KL term: only the sign of an advantage counts, 0 as positive; an empty set adds nothing."""
-    good = advantages >= 0
-    mean_good = (log_probs * good).sum() / good.sum().clamp(min=1)
-    mean_bad = (log_probs * ~good).sum() / (~good).sum().clamp(min=1)
+def pmpo_loss(log_probs, advantages, alpha: float = 0.5, weighted: bool = False) -> torch.Tensor:
+    """Eq. 11 before its KL term: means over the actions that turned out well (advantage 0 and more) and badly. Only the
+    sign counts, or in `weighted` means its size as well; the scale never does. An empty set adds nothing."""
+    weights = advantages.abs() if weighted else torch.ones_like(advantages)
+    good, bad = weights * (advantages >= 0), weights * (advantages < 0)
+    mean_good = (log_probs * good).sum() / good.sum().clamp(min=1e-8)
+    mean_bad = (log_probs * bad).sum() / bad.sum().clamp(min=1e-8)
     return (1 - alpha) * mean_bad - alpha * mean_good
 
 
@@ -1291,6 +1295,7 @@ def imagine_terms(dynamics: Dynamics, heads: Heads, prior: Head, batch: dict, ar
     with torch.no_grad():
         values = twohot_decode(heads.value(made["h"])[:, :, 0], heads.value_bins)  # (B, H + 1)
         returns = lambda_returns(made["reward"], values, made["cont"], args.gamma, args.lam)[:, :-1]
+        advantages = returns - values[:, :-1]  # (B, H)
         prior_logits = prior(h)[:, :, 0]
     torch.clear_autocast_cache()  # weights that were cast without a gradient
     logits = heads.policy(h)[:, :, 0]  # (B, H, M + A)
@@ -1299,7 +1304,7 @@ def imagine_terms(dynamics: Dynamics, heads: Heads, prior: Head, batch: dict, ar
     weight = alive(made["cont"])
     value = twohot_nll(heads.value(h)[:, :, 0], returns, heads.value_bins)
     return {
-        "actor": pmpo_loss(log_probs, returns - values[:, :-1], args.alpha) + args.beta * kl,
+        "actor": pmpo_loss(log_probs, advantages, args.alpha, args.advantage_weights) + args.beta * kl,
         "value": (weight * value).sum() / weight.sum(),
         "kl": kl.detach(),
         "return": dream_returns(made, args.gamma).mean(),

@@ -73,7 +73,8 @@ class Eyes:
         self.camera: tuple[float, float] | None = None  # place of the screen's top left corner in the level
 
     def look(self, frame: np.ndarray, position: tuple[float, float, float, float]) -> View:
-        """A view of `frame`, uint8 (H, W, 3), taken when Tux was at `position` (x, y, vx, vy)."""
+        """A view of `frame`, uint8 (H, W, 3) of the window, taken when Tux was at `position` (x, y, vx, vy)."""
+        frame = as_drawn(frame)
         x, y, vx, vy = position
         x, y = x + vx * STEP, y + vy * STEP  # the level prints where Tux was before the step that is drawn
         grey = _half_grey(frame)  # (H/2, W/2)
@@ -146,6 +147,16 @@ class Eyes:
         row, columns = round(feet / TILE), {int(x // TILE), int((x + 31) // TILE)}
         solid = self.terrain.solid
         return abs(vy) < 1 and 0 < row < len(solid) and any(solid[row, c] for c in columns if 0 <= c < solid.shape[1])
+
+
+def as_drawn(frame: np.ndarray) -> np.ndarray:
+    """The game draws 640x480 to 1368x800 pixels and scales them to smaller or larger windows: uint8 (H, W, 3) of any
+    window -> the size as drawn."""
+    H, W = frame.shape[:2]
+    scale = max(W / 1368, H / 800, min(1.0, W / 640, H / 480))
+    if scale == 1:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((round(W / scale), round(H / scale)), Image.Resampling.BILINEAR))
 
 
 def _half_grey(frame: np.ndarray) -> np.ndarray:

@@ -58,6 +58,7 @@ for part in ${*:-pack packed sample imagine ablations summary}; do
             imagine horizon --no-baselines --horizon 15
             imagine beta --no-baselines --beta 0.3
             imagine noise --no-baselines --context-noise 0.25
+            imagine sign --no-baselines --no-advantage-weights
             ;;
         summary) $PYTHON benchmarks/train/agent_summary.py "$OUT" "$RESULTS" ;;
         *) echo "$part: expected pack, packed, sample, imagine, ablations or summary" >&2 && exit 1 ;;

@@ -29,7 +29,7 @@ SHOWN = {  # what is shown beside its floor
     "AUC of losses": ("reward_auc_loss", None),
     "AUC of the end": ("cont_auc", None),
 }
-ABLATIONS = ("lambda", "horizon", "beta", "noise")
+ABLATIONS = ("lambda", "horizon", "beta", "noise", "sign")
 WAYS = {"greedy": "likeliest", "sampled": "drawn"}
 
 

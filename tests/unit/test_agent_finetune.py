@@ -499,6 +499,15 @@ def test_pmpo_looks_at_signs_only():
     assert float(a.pmpo_loss(log_p, torch.ones(4))) == 0.5 * 2.5  # an empty set adds nothing
 
 
+def test_weighted_pmpo_looks_at_sizes_and_not_at_the_scale():
+    log_p, advantage = torch.tensor([-1.0, -2, -3, -4]), torch.tensor([3.0, -1, 1, -3])
+    expected = 0.5 * (1 * -2 + 3 * -4) / 4 - 0.5 * (3 * -1 + 1 * -3) / 4
+    assert float(a.pmpo_loss(log_p, advantage, 0.5, weighted=True)) == expected == -1.0
+    assert float(a.pmpo_loss(log_p, advantage / 1024, 0.5, weighted=True)) == expected
+    assert float(a.pmpo_loss(log_p, torch.ones(4), 0.5, weighted=True)) == 0.5 * 2.5
+    assert float(a.pmpo_loss(log_p, torch.zeros(4), 0.5, weighted=True)) == 0
+
+
 def test_the_distance_of_two_policies_is_summed_over_movement_and_keys():
     p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
     on, off = torch.tensor([0.2]).logit(), torch.tensor([0.1]).logit()
