@@ -15,7 +15,6 @@ how far the picture scrolled, --truth truth.parquet compares with what scripted 
 import ast
 import json
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -478,7 +477,6 @@ def scroll(args: Args, session: Session, reader: VideoReader, device: str, metad
 
 def search(args: Args, device: str, folder: Path):
     """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     try:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
         metadata = label_metadata(args, session, min(session.n_frames, reader.n_frames))

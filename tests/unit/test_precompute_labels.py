@@ -1,11 +1,16 @@
 """Events, episodes, rewards and label files: hand-worked cases, and whole sessions with a made-up sprite."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +46,7 @@ from precompute_labels import (
     win_events,
 )
 from session_labels.files import write_labels
+from session_labels.workers import side_by_side
 from tests.reference import specified_returns
 from tests.synthetic import write_session
 
@@ -618,6 +624,86 @@ def test_ctrl_c_ends_with_130_and_a_summary(dataset):
     assert {p.name: p.read_bytes() for p in (dataset / "run_a").glob("*.parquet")} == before
     main(arguments(dataset, gamma=0.9))  # keeps them
     assert not list(dataset.glob("run_*/.*"))
+
+
+def clean_up_late(folder):
+    """Work of a process that holds a temporary file until it ends."""
+    try:
+        (folder / ".work.tmp").touch()
+        time.sleep(60)
+    finally:
+        (folder / ".work.tmp").unlink()
+
+
+def test_ctrl_c_lets_workers_clean_up(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+
+    def press_ctrl_c():
+        wait_until(lambda: len(list(tmp_path.glob("*/.work.tmp"))) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press_ctrl_c).start()
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(clean_up_late, folders, 2, "work")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.glob("*/*")) and not multiprocessing.active_children()
+
+
+def wait_until(what):
+    end = time.monotonic() + 60
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("to, when", [("group", "workers start"), ("parent", "they search")])
+def test_ctrl_c_ends_workers(dataset, to, when):
+    """A terminal sends SIGINT to the whole process group, `kill -INT` to the main process only."""
+    main(arguments(dataset / "run_a", sprites=dataset / "sprites"))
+    before = {path.name: path.read_bytes() for path in (dataset / "run_a").glob("*.parquet")}
+    for name in "cdef":
+        shutil.copytree(dataset / "run_b", dataset / f"run_{name}")
+    words = ["--data-dir", dataset, "--sprites", dataset / "sprites", "--sprite-scales", "1", "--num-workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, precompute_labels.__file__, *map(str, words), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if when == "workers start":
+        wait_until(lambda: len(children.read_text().split()) == 3)  # two, and what tracks their resources
+        time.sleep(0.5)  # they import
+    else:
+        wait_until(lambda: len(list(dataset.glob("run_*/detections.parquet"))) == 2)
+    (os.killpg if to == "group" else os.kill)(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out.splitlines()[-1].startswith("6 sessions: none labelled; stopped by Ctrl-C")
+    assert "Traceback" not in err and "leaked" not in err
+    wait_until(lambda: not group_lives(process.pid))
+    assert not group_lives(process.pid)
+    assert not list(dataset.glob("run_*/.*"))
+    assert {path.name: path.read_bytes() for path in (dataset / "run_a").glob("*.parquet")} == before
+    searched = {path: path.stat().st_mtime_ns for path in dataset.glob("run_*/detections.parquet")}
+    assert len(searched) < 6
+    assert len(main(arguments(dataset))["sessions"]) == 6
+    assert {path: path.stat().st_mtime_ns for path in searched} == searched
 
 
 def test_a_failure_while_writing_keeps_the_old_labels(dataset):
