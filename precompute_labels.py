@@ -16,7 +16,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -399,6 +399,11 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
     return {k: str(v) for k, v in (settings | recording | review.used(overrides)).items()}
 
 
+def progress_bar(args: Args) -> Callable[..., tqdm]:
+    """Of one session: silent where several are worked on. An explicit disable=False would beat TQDM_DISABLE=1."""
+    return partial(tqdm, disable=True) if args.num_workers > 1 else tqdm
+
+
 def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
     """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or shows."""
     if scales := read_scales(args.sprite_scales):
@@ -410,7 +415,7 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
         if all(made.get(key) == wanted[key] for key in ("recording_frames", "recording_bytes", "sprites")):
             return scales
     n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
-    bar = partial(tqdm, desc=name, leave=False, disable=args.num_workers > 1)
+    bar = partial(progress_bar(args), desc=name, leave=False)
     scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
@@ -431,7 +436,7 @@ def detect(
         detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
         if detections is None:
             n = int(metadata["recording_frames"])
-            with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
+            with progress_bar(args)(total=n, desc=session.name, unit="frame") as bar:
                 detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
             how = "given" if read_scales(args.sprite_scales) else "auto"
             files.save_detections(session.folder, detections, sprites, scan | {"size_from": how})
@@ -471,8 +476,8 @@ def scroll(args: Args, session: Session, reader: VideoReader, device: str, metad
         return None
     found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
     width = scrolling.SPRITE * [*found, *read_scales(args.sprite_scales), 1.0][0]
-    n, show = int(metadata["recording_frames"]), args.num_workers == 1
-    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, show)
+    n = int(metadata["recording_frames"])
+    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
 
 
 def search(args: Args, device: str, folder: Path):

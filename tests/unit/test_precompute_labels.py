@@ -450,6 +450,12 @@ def test_several_workers_find_what_one_finds(dataset, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 sessions: 2 labelled, 0 kept, 0 failed")
 
 
+def test_bars_can_be_switched_off(dataset, capsys):
+    """tests/conftest.py sets TQDM_DISABLE."""
+    main(arguments(dataset, sprite_scales=("auto",), progress_reward=0.1))
+    assert capsys.readouterr().err == ""
+
+
 def test_doubtful_events_end_no_episode_and_bring_no_reward(dataset):
     main(arguments(dataset))
     events = read_table(dataset / "run_b" / "events.parquet", EVENTS)
