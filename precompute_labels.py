@@ -412,7 +412,7 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
     if not args.rescan and made.get("size_from") == "auto":
         scales = tuple(json.loads(made["scales"]))
         wanted = files.scan_metadata(load_all_sprites(args, scales), metadata)
-        if all(made.get(key) == wanted[key] for key in ("recording_frames", "recording_bytes", "sprites")):
+        if all(made.get(k) == wanted[k] for k in ("recording_frames", "recording_bytes", "search_version", "sprites")):
             return scales
     n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
     bar = partial(progress_bar(args), desc=name, leave=False)
@@ -435,6 +435,7 @@ def detect(
         scan = files.scan_metadata(sprites, metadata)
         detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
         if detections is None:
+            files.say_why_again(session.folder, scan)
             n = int(metadata["recording_frames"])
             with progress_bar(args)(total=n, desc=session.name, unit="frame") as bar:
                 detections = find_detections(reader, sprites, n, args.event_stride, device, bar)

@@ -409,6 +409,22 @@ def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
     assert label(event_stride=2) == (2, 2)
 
 
+def test_detections_of_an_older_search_are_searched_again(dataset, monkeypatch, capsys):
+    path = dataset / "run_a" / "detections.parquet"
+    main(arguments(dataset))
+    metadata = {key.decode(): value.decode() for key, value in pq.read_schema(path).metadata.items()}
+    assert metadata.pop("search_version") == "1"
+    write_table(path, pq.read_table(path), DETECTIONS, metadata)  # as before there were versions
+    before = path.stat().st_mtime_ns
+    main(arguments(dataset, overwrite=True))
+    assert path.stat().st_mtime_ns == before and "searched again" not in capsys.readouterr().out
+    monkeypatch.setattr("session_labels.files.FIND_VERSION", 2)
+    main(arguments(dataset, overwrite=True))
+    said = capsys.readouterr().out
+    assert "run_a: detections.parquet was made with other search_version; searched again" in said
+    assert pq.read_schema(path).metadata[b"search_version"] == b"2"
+
+
 @pytest.mark.parametrize("scale", [0.94, 1.25])
 def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
     """A recording scaled as a whole: auto finds how large its sprites are, also after a search at another size."""
