@@ -44,7 +44,17 @@ from common.template_matching import distinct, find, join, load_sprites, make_fi
 from common.video import VideoReader, grey, iter_frames
 from session_labels import files, review, scrolling, truth
 from session_labels.review import Override
-from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
+from session_labels.sprites import (
+    Roi,
+    Sighting,
+    Sprites,
+    check_roi,
+    check_room,
+    crop,
+    find_scale,
+    kept_from,
+    read_scales,
+)
 from session_labels.workers import side_by_side
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
@@ -93,6 +103,9 @@ class Args:
     sprite_scales: tuple[str, ...] = ("auto",)
     """size of the sprites in the recording, 1 as SuperTux draws them in windows of 640x480 to 1368x800; auto finds it
     in every recording, several are all searched"""
+    roi: tuple[int, int, int, int] | None = None
+    """region of interest X Y W H, left, top, width and height in pixels of the recording: only there are sprites
+    looked for; None: everywhere"""
     event_stride: int = 1
     """look at every n-th frame, 1 or more; a death shows for 1.5 s, a squished enemy for 2 s"""
     death_min_gap_s: float = 2.5
@@ -127,24 +140,26 @@ class Args:
 
 
 SETTINGS = (
-    "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales event_stride "
-    "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
+    "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales roi "
+    "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
     "respawn_gap_s death_reward win_reward attack_reward survival_bonus progress_reward gamma"
 ).split()  # of Args, which labels depend on and tell in their metadata
-OLDER = {"progress_reward": "0.0"} | review.used([])  # what labels were made with that do not say it
+OLDER = {"progress_reward": "0.0", "roi": "None"} | review.used([])  # what labels were made with that do not say it
 
 
 # --- ALGO LOGIC: sightings of sprites and key presses -> events -> episodes -> rewards. N frames of a session ---
 
 
 def find_detections(
-    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm
+    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm, roi: Roi | None = None
 ) -> list[Sighting]:
-    """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less."""
+    """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less;
+    with `roi` those inside it."""
+    left, top = roi[:2] if roi else (0, 0)
     detections = []
     for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-        for i, hits in zip(indices, find(grey(frames.to(device)), sprites.finder), strict=True):
-            detections += [Sighting(i, sprites.events[t], t, score, y, x) for score, t, y, x in hits]
+        for i, hits in zip(indices, find(grey(crop(frames, roi).to(device)), sprites.finder), strict=True):
+            detections += [Sighting(i, sprites.events[t], t, score, top + y, left + x) for score, t, y, x in hits]
         bar.update(min(len(indices) * stride, n_frames - bar.n))
     return detections
 
@@ -412,11 +427,12 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
     if not args.rescan and made.get("size_from") == "auto":
         scales = tuple(json.loads(made["scales"]))
         wanted = files.scan_metadata(load_all_sprites(args, scales), metadata)
-        if all(made.get(k) == wanted[k] for k in ("recording_frames", "recording_bytes", "search_version", "sprites")):
+        same = ("recording_frames", "recording_bytes", "search_version", "roi", "sprites")
+        if all(made.get(key) == wanted[key] for key in same):
             return scales
     n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
     bar = partial(progress_bar(args), desc=name, leave=False)
-    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar)
+    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar, args.roi)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
     elif scale != 1:
@@ -431,14 +447,16 @@ def detect(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
+        check_roi(args.roi, reader)
         sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
+        check_room(args.roi, sprites)
         scan = files.scan_metadata(sprites, metadata)
         detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
         if detections is None:
             files.say_why_again(session.folder, scan)
             n = int(metadata["recording_frames"])
             with progress_bar(args)(total=n, desc=session.name, unit="frame") as bar:
-                detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
+                detections = find_detections(reader, sprites, n, args.event_stride, device, bar, args.roi)
             how = "given" if read_scales(args.sprite_scales) else "auto"
             files.save_detections(session.folder, detections, sprites, scan | {"size_from": how})
     finally:
@@ -576,6 +594,9 @@ def main(args: Args) -> dict:
         raise SystemExit(f"--review is {args.review}, expected 0 or more")
     if (args.review or args.overrides) and not args.detect_events:
         raise SystemExit("--no-detect-events looks for no sprites: leave it out, or --review and --overrides")
+    if args.roi and (min(args.roi[:2]) < 0 or min(args.roi[2:]) < 1):
+        given = " ".join(map(str, args.roi))
+        raise SystemExit(f"--roi {given}: expected X and Y of 0 or more, W and H of 1 or more")
     if not 0 <= args.min_event_confidence <= 1:
         raise SystemExit(f"--min-event-confidence is {args.min_event_confidence}, expected 0 to 1")
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):

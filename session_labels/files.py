@@ -39,7 +39,7 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
     pixels = hashlib.sha256()
     for template in sprites.finder.bank.templates:
         pixels.update(template.numpy().tobytes())
-    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride")}
+    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride", "roi")}
     scales = json.dumps(list(dict.fromkeys(sprites.scales)))
     return recording | {"search_version": str(FIND_VERSION), "sprites": pixels.hexdigest(), "scales": scales}
 
@@ -47,7 +47,7 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
 def scan_of(folder: Path) -> dict[str, str]:
     """The metadata of a session's detections.parquet, empty where there is none that can be read."""
     try:
-        return {"search_version": "1"} | metadata_of(folder / "detections.parquet", DETECTIONS)
+        return {"search_version": "1", "roi": "None"} | metadata_of(folder / "detections.parquet", DETECTIONS)
     except (ValueError, OSError):
         return {}
 

@@ -409,6 +409,56 @@ def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
     assert label(event_stride=2) == (2, 2)
 
 
+def sure_places(folder):
+    """Frame, sprite, y, x and score of what scores the threshold."""
+    rows = read_table(folder / "detections.parquet", DETECTIONS).to_pylist()
+    return {(d["frame_idx"], d["sprite"], d["y"], d["x"]): d["score"] for d in rows if d["score"] >= 0.85}
+
+
+def test_search_of_a_region_finds_what_lies_in_it(dataset, capsys):
+    """The sprite of run_a falls from 20 to 31 at x 50, 31x40 pixels. An odd region that it leaves at half the way."""
+    main(arguments(dataset))
+    whole, labels = sure_places(dataset / "run_a"), tables(dataset)
+    _, y, _, h = roi = (43, 17, 61, 41)
+    main(arguments(dataset, overwrite=True, roi=roi))
+    assert "run_a: detections.parquet was made with other roi; searched again" in capsys.readouterr().out
+    found = sure_places(dataset / "run_a")
+    bottom = y + h - 31
+    inside = {place: score for place, score in whole.items() if place[2] <= bottom}
+    assert 0 < len(inside) < len(whole)
+    assert {place: found[place] for place in inside} == pytest.approx(inside, abs=1e-5)
+    assert {place[2:] for place in found.keys() - inside} == {(bottom, 50)}  # it is a pixel or two further down
+    events = read_table(dataset / "run_a" / "events.parquet", EVENTS).to_pydict()
+    assert events["event"] == ["DEATH", "DEATH", "WIN"]
+    assert len(read_table(dataset / "run_b" / "events.parquet", EVENTS)) == 0
+    metadata = pq.read_schema(dataset / "run_a" / "detections.parquet").metadata
+    assert metadata[b"roi"] == b"(43, 17, 61, 41)"
+    report, _ = compared(dataset)  # kept, with the settings of the labels
+    assert report["all", "ATTACK", "128x96", "recall"][0] == 0
+    main(arguments(dataset, overwrite=True))
+    assert all(table.equals(labels[path]) for path, table in tables(dataset).items())
+
+
+def test_size_of_sprites_is_looked_for_in_the_region(dataset):
+    main(arguments(dataset, roi=(40, 10, 70, 60), sprite_scales=("auto",)))
+    assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["DEATH", "DEATH", "WIN"]
+
+
+@pytest.mark.parametrize(
+    "roi, why",
+    [
+        ((-1, 0, 60, 60), "--roi -1 0 60 60: expected X and Y of 0 or more"),
+        ((0, 0, 60, 0), "--roi 0 0 60 0: .* W and H of 1 or more"),
+        ((70, 0, 59, 60), "(?s)run_a: --roi 70 0 59 60 reaches beyond the picture of 128x96. Name X Y W H inside it"),
+        ((0, 0, 60, 30), "(?s)--roi 0 0 60 30 is smaller than .*gameover-0.png of 40x31 pixels. Name a larger region"),
+    ],
+)
+def test_region_that_cannot_be_searched(dataset, roi, why):
+    with pytest.raises(SystemExit, match=why):
+        main(arguments(dataset, roi=roi))
+    assert not list(dataset.glob("run_*/returns.parquet"))
+
+
 def test_detections_of_an_older_search_are_searched_again(dataset, monkeypatch, capsys):
     path = dataset / "run_a" / "detections.parquet"
     main(arguments(dataset))
