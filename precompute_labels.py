@@ -15,7 +15,6 @@ how far the picture scrolled, --truth truth.parquet compares with what scripted 
 import ast
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +54,7 @@ from session_labels.sprites import (
     kept_from,
     read_scales,
 )
-from session_labels.workers import side_by_side
+from session_labels.workers import on_cluster, side_by_side
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
@@ -82,6 +81,9 @@ class Args:
     """search videos again that were searched already"""
     num_workers: int = 1
     """sessions whose videos are searched at a time, each in a process, 1 or more"""
+    ray_address: str | None = None
+    """Ray cluster whose CPUs search videos instead, one each: auto (that of this machine), ray://HOST:PORT, HOST:PORT
+    or local (one that lives as long as this run); all nodes have to see data_dir and this code at the same place"""
     truth: str | None = None
     """name of the file in each session, such as truth.parquet, that holds what the game reported: labels are compared
     with it, in label_report/ of data_dir. None: they are not"""
@@ -416,7 +418,7 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
 
 def progress_bar(args: Args) -> Callable[..., tqdm]:
     """Of one session: silent where several are worked on. An explicit disable=False would beat TQDM_DISABLE=1."""
-    return partial(tqdm, disable=True) if args.num_workers > 1 else tqdm
+    return partial(tqdm, disable=True) if args.num_workers > 1 or args.ray_address else tqdm
 
 
 def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
@@ -499,15 +501,29 @@ def scroll(args: Args, session: Session, reader: VideoReader, device: str, metad
     return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
 
 
-def search(args: Args, device: str, folder: Path):
-    """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
+def search(args: Args, device: str, folder: Path) -> bool:
+    """What a worker does: search the video of one session. False if it cannot, why is said when its turn comes."""
     try:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
         metadata = label_metadata(args, session, min(session.n_frames, reader.n_frames))
         detect(args, session, reader, device, metadata)
         scroll(args, session, reader, device, metadata)
     except (ValueError, OSError):
-        sys.exit(1)
+        return False
+    return True
+
+
+def search_at_once(args: Args, device: str, folders: list[Path]) -> tuple[set[Path], dict[Path, str]]:
+    """Search the videos of several sessions at a time, where that is asked for. Returns those that were searched, and
+    those whose worker was lost, with the reason."""
+    if not folders or not args.detect_events or (args.num_workers == 1 and args.ray_address is None):
+        return set(), {}
+    sprites = args.sprites if args.sprites is None else args.sprites.resolve()
+    work, desc = partial(search, replace(args, data_dir=args.data_dir.resolve(), sprites=sprites)), "videos searched"
+    if args.ray_address is None:
+        return side_by_side(partial(work, device), folders, args.num_workers, desc)
+    kind = torch.device(device).type  # a task sees the GPU that it was given, and no other
+    return on_cluster(partial(work, kind), folders, args.ray_address, int(kind == "cuda"), desc)
 
 
 def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
@@ -586,6 +602,8 @@ def main(args: Args) -> dict:
     for name in ("event_stride", "num_workers"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    if args.ray_address is not None and args.num_workers > 1:
+        raise SystemExit(f"--num-workers {args.num_workers}: leave it out, --ray-address takes all CPUs of the cluster")
     if args.win_key not in KEY_CODES:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
@@ -620,17 +638,16 @@ def main(args: Args) -> dict:
     cards, compared, curves = [], [], []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
-        several = args.num_workers > 1 and args.detect_events
-        work = partial(search, args, device)
-        status = side_by_side(work, unlabelled, args.num_workers, "videos searched") if several else {}
+        searched, lost = search_at_once(args, device, unlabelled)
+    except (ImportError, ConnectionError) as error:
+        raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         print(f"{len(folders)} sessions: none labelled; stopped by Ctrl-C, what was searched need not be again")
         raise SystemExit(130) from None
     for folder in folders:
         try:
-            if status.get(folder, 0) < 0:
-                ended = f"the process that searched its video was ended by signal {-status[folder]}"
-                raise RuntimeError(f"{ended}. Try --num-workers 1")
+            if folder in lost:
+                raise RuntimeError(lost[folder])
             # Read
             session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
             n = min(session.n_frames, reader.n_frames)
@@ -641,7 +658,7 @@ def main(args: Args) -> dict:
             metadata = label_metadata(args, session, n)
             files.install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                again = args.rescan and status.get(folder) != 0  # else it was just now
+                again = args.rescan and folder not in searched  # else it was just now
                 label_session(replace(args, rescan=again), session, reader, device, metadata)
                 done["labelled"] += 1
             else:

@@ -543,7 +543,7 @@ def search_or_die(args, device, folder):
         write_table(folder / "detections.parquet", {name: [] for name in DETECTIONS.names}, DETECTIONS)
         (folder / "detections.parquet").rename(folder / ".detections.parquet.tmp")
         os.kill(os.getpid(), 9)
-    precompute_labels.search(args, device, folder)
+    return precompute_labels.search(args, device, folder)
 
 
 def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys):
@@ -560,6 +560,49 @@ def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys
     monkeypatch.undo()
     (dataset / "run_0" / "recording.mp4").unlink()
     assert main(arguments(dataset, num_workers=2))["sessions"]["run_a"]["DEATH"] == 2
+
+
+@pytest.mark.slow
+def test_ray_tasks_find_what_one_process_finds(dataset, monkeypatch, capsys):
+    """A worker that dies, as one that cannot read its session, costs this session only."""
+    pytest.importorskip("ray", reason="needs the extra cluster: pip install -e '.[cluster]'")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # its 15 starves them on a busy machine
+    main(arguments(dataset))
+    alone = tables(dataset)
+    for path in alone:
+        path.unlink()
+    shutil.copytree(dataset / "run_a", dataset / "run_0")
+    (dataset / "run_0" / "recording.mp4").write_bytes(b"no video")
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_labels, "search", search_or_die)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments(dataset, ray_address="local"))
+    message = str(stopped.value)
+    assert message.startswith("2 of 3 sessions failed") and "cannot be opened as a video" in message
+    assert "run_a: the Ray task that searched its video failed: The worker died unexpectedly" in message
+    assert message.endswith("3 sessions: 1 labelled, 0 kept, 2 failed; DEATH 0, ATTACK 2, WIN 0")
+    assert {path.parent.name for path in tables(dataset)} == {"run_b"}
+    shutil.rmtree(dataset / "run_0")
+    monkeypatch.setattr(precompute_labels, "find_detections", None)  # here, not in the tasks
+    monkeypatch.chdir(dataset)
+    assert main(arguments(Path("."), sprites=Path("sprites"), ray_address="local"))["sessions"].keys() == {
+        "run_a",
+        "run_b",
+    }
+    assert all(table.equals(alone[path]) for path, table in tables(dataset).items()) and len(tables(dataset)) == 8
+    assert not list(dataset.glob("run_*/.*"))
+
+
+def test_ray_that_is_missing_or_does_not_answer(dataset, monkeypatch):
+    with pytest.raises(SystemExit, match="^--num-workers 2: leave it out"):
+        main(arguments(dataset, ray_address="local", num_workers=2))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^ray does not import .*'\.\[cluster\]'$"):
+        patch.setitem(sys.modules, "ray", None)
+        main(arguments(dataset, ray_address="auto"))
+    pytest.importorskip("ray", reason="needs the extra cluster: pip install -e '.[cluster]'")
+    with pytest.raises(SystemExit, match="^--ray-address auto: no cluster answers .*Could not find any running Ray"):
+        main(arguments(dataset, ray_address="auto"))
+    assert not list(dataset.glob("run_*/*s.parquet.tmp"))
 
 
 def test_stride_finds_the_same_deaths_within_the_stride(dataset):
