@@ -15,9 +15,7 @@ how far the picture scrolled, --truth truth.parquet compares with what scripted 
 import ast
 import json
 import re
-import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -45,8 +43,18 @@ from common.template_matching import distinct, find, join, load_sprites, make_fi
 from common.video import VideoReader, grey, iter_frames
 from session_labels import files, review, scrolling, truth
 from session_labels.review import Override
-from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
-from session_labels.workers import side_by_side
+from session_labels.sprites import (
+    Roi,
+    Sighting,
+    Sprites,
+    check_roi,
+    check_room,
+    crop,
+    find_scale,
+    kept_from,
+    read_scales,
+)
+from session_labels.workers import on_cluster, side_by_side
 
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 SPRITES = {
@@ -73,6 +81,9 @@ class Args:
     """search videos again that were searched already"""
     num_workers: int = 1
     """sessions whose videos are searched at a time, each in a process, 1 or more"""
+    ray_address: str | None = None
+    """Ray cluster whose CPUs search videos instead, one each: auto (that of this machine), ray://HOST:PORT, HOST:PORT
+    or local (one that lives as long as this run); all nodes have to see data_dir and this code at the same place"""
     truth: str | None = None
     """name of the file in each session, such as truth.parquet, that holds what the game reported: labels are compared
     with it, in label_report/ of data_dir. None: they are not"""
@@ -94,6 +105,9 @@ class Args:
     sprite_scales: tuple[str, ...] = ("auto",)
     """size of the sprites in the recording, 1 as SuperTux draws them in windows of 640x480 to 1368x800; auto finds it
     in every recording, several are all searched"""
+    roi: tuple[int, int, int, int] | None = None
+    """region of interest X Y W H, left, top, width and height in pixels of the recording: only there are sprites
+    looked for; None: everywhere"""
     event_stride: int = 1
     """look at every n-th frame, 1 or more; a death shows for 1.5 s, a squished enemy for 2 s"""
     death_min_gap_s: float = 2.5
@@ -128,24 +142,26 @@ class Args:
 
 
 SETTINGS = (
-    "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales event_stride "
-    "death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
+    "detect_events sprite_threshold death_threshold attack_threshold template_thresholds sprite_scales roi "
+    "event_stride death_min_gap_s win_key win_key_min_presses win_key_window_s win_key_cooldown_s min_event_confidence "
     "respawn_gap_s death_reward win_reward attack_reward survival_bonus progress_reward gamma"
 ).split()  # of Args, which labels depend on and tell in their metadata
-OLDER = {"progress_reward": "0.0"} | review.used([])  # what labels were made with that do not say it
+OLDER = {"progress_reward": "0.0", "roi": "None"} | review.used([])  # what labels were made with that do not say it
 
 
 # --- ALGO LOGIC: sightings of sprites and key presses -> events -> episodes -> rewards. N frames of a session ---
 
 
 def find_detections(
-    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm
+    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm, roi: Roi | None = None
 ) -> list[Sighting]:
-    """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less."""
+    """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less;
+    with `roi` those inside it."""
+    left, top = roi[:2] if roi else (0, 0)
     detections = []
     for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-        for i, hits in zip(indices, find(grey(frames.to(device)), sprites.finder), strict=True):
-            detections += [Sighting(i, sprites.events[t], t, score, y, x) for score, t, y, x in hits]
+        for i, hits in zip(indices, find(grey(crop(frames, roi).to(device)), sprites.finder), strict=True):
+            detections += [Sighting(i, sprites.events[t], t, score, top + y, left + x) for score, t, y, x in hits]
         bar.update(min(len(indices) * stride, n_frames - bar.n))
     return detections
 
@@ -400,6 +416,11 @@ def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str
     return {k: str(v) for k, v in (settings | recording | review.used(overrides)).items()}
 
 
+def progress_bar(args: Args) -> Callable[..., tqdm]:
+    """Of one session: silent where several are worked on. An explicit disable=False would beat TQDM_DISABLE=1."""
+    return partial(tqdm, disable=True) if args.num_workers > 1 or args.ray_address else tqdm
+
+
 def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
     """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or shows."""
     if scales := read_scales(args.sprite_scales):
@@ -408,11 +429,12 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
     if not args.rescan and made.get("size_from") == "auto":
         scales = tuple(json.loads(made["scales"]))
         wanted = files.scan_metadata(load_all_sprites(args, scales), metadata)
-        if all(made.get(key) == wanted[key] for key in ("recording_frames", "recording_bytes", "sprites")):
+        same = ("recording_frames", "recording_bytes", "search_version", "roi", "sprites")
+        if all(made.get(key) == wanted[key] for key in same):
             return scales
     n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
-    bar = partial(tqdm, desc=name, leave=False, disable=args.num_workers > 1)
-    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar)
+    bar = partial(progress_bar(args), desc=name, leave=False)
+    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar, args.roi)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
     elif scale != 1:
@@ -427,13 +449,16 @@ def detect(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
+        check_roi(args.roi, reader)
         sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
+        check_room(args.roi, sprites)
         scan = files.scan_metadata(sprites, metadata)
         detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
         if detections is None:
+            files.say_why_again(session.folder, scan)
             n = int(metadata["recording_frames"])
-            with tqdm(total=n, desc=session.name, unit="frame", disable=args.num_workers > 1) as bar:
-                detections = find_detections(reader, sprites, n, args.event_stride, device, bar)
+            with progress_bar(args)(total=n, desc=session.name, unit="frame") as bar:
+                detections = find_detections(reader, sprites, n, args.event_stride, device, bar, args.roi)
             how = "given" if read_scales(args.sprite_scales) else "auto"
             files.save_detections(session.folder, detections, sprites, scan | {"size_from": how})
     finally:
@@ -472,20 +497,33 @@ def scroll(args: Args, session: Session, reader: VideoReader, device: str, metad
         return None
     found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
     width = scrolling.SPRITE * [*found, *read_scales(args.sprite_scales), 1.0][0]
-    n, show = int(metadata["recording_frames"]), args.num_workers == 1
-    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, show)
+    n = int(metadata["recording_frames"])
+    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
 
 
-def search(args: Args, device: str, folder: Path):
-    """A process that searches the video of one session; exit status 1 if it cannot, why is said when its turn comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+def search(args: Args, device: str, folder: Path) -> bool:
+    """What a worker does: search the video of one session. False if it cannot, why is said when its turn comes."""
     try:
         session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
         metadata = label_metadata(args, session, min(session.n_frames, reader.n_frames))
         detect(args, session, reader, device, metadata)
         scroll(args, session, reader, device, metadata)
     except (ValueError, OSError):
-        sys.exit(1)
+        return False
+    return True
+
+
+def search_at_once(args: Args, device: str, folders: list[Path]) -> tuple[set[Path], dict[Path, str]]:
+    """Search the videos of several sessions at a time, where that is asked for. Returns those that were searched, and
+    those whose worker was lost, with the reason."""
+    if not folders or not args.detect_events or (args.num_workers == 1 and args.ray_address is None):
+        return set(), {}
+    sprites = args.sprites if args.sprites is None else args.sprites.resolve()
+    work, desc = partial(search, replace(args, data_dir=args.data_dir.resolve(), sprites=sprites)), "videos searched"
+    if args.ray_address is None:
+        return side_by_side(partial(work, device), folders, args.num_workers, desc)
+    kind = torch.device(device).type  # a task sees the GPU that it was given, and no other
+    return on_cluster(partial(work, kind), folders, args.ray_address, int(kind == "cuda"), desc)
 
 
 def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
@@ -564,6 +602,8 @@ def main(args: Args) -> dict:
     for name in ("event_stride", "num_workers"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
+    if args.ray_address is not None and args.num_workers > 1:
+        raise SystemExit(f"--num-workers {args.num_workers}: leave it out, --ray-address takes all CPUs of the cluster")
     if args.win_key not in KEY_CODES:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
@@ -572,6 +612,9 @@ def main(args: Args) -> dict:
         raise SystemExit(f"--review is {args.review}, expected 0 or more")
     if (args.review or args.overrides) and not args.detect_events:
         raise SystemExit("--no-detect-events looks for no sprites: leave it out, or --review and --overrides")
+    if args.roi and (min(args.roi[:2]) < 0 or min(args.roi[2:]) < 1):
+        given = " ".join(map(str, args.roi))
+        raise SystemExit(f"--roi {given}: expected X and Y of 0 or more, W and H of 1 or more")
     if not 0 <= args.min_event_confidence <= 1:
         raise SystemExit(f"--min-event-confidence is {args.min_event_confidence}, expected 0 to 1")
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
@@ -595,17 +638,16 @@ def main(args: Args) -> dict:
     cards, compared, curves = [], [], []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
-        several = args.num_workers > 1 and args.detect_events
-        work = partial(search, args, device)
-        status = side_by_side(work, unlabelled, args.num_workers, "videos searched") if several else {}
+        searched, lost = search_at_once(args, device, unlabelled)
+    except (ImportError, ConnectionError) as error:
+        raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         print(f"{len(folders)} sessions: none labelled; stopped by Ctrl-C, what was searched need not be again")
         raise SystemExit(130) from None
     for folder in folders:
         try:
-            if status.get(folder, 0) < 0:
-                ended = f"the process that searched its video was ended by signal {-status[folder]}"
-                raise RuntimeError(f"{ended}. Try --num-workers 1")
+            if folder in lost:
+                raise RuntimeError(lost[folder])
             # Read
             session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
             n = min(session.n_frames, reader.n_frames)
@@ -616,7 +658,7 @@ def main(args: Args) -> dict:
             metadata = label_metadata(args, session, n)
             files.install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
-                again = args.rescan and status.get(folder) != 0  # else it was just now
+                again = args.rescan and folder not in searched  # else it was just now
                 label_session(replace(args, rescan=again), session, reader, device, metadata)
                 done["labelled"] += 1
             else:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from common.sessions import DETECTIONS, EPISODES, EVENTS, RETURNS, read_table, write_table
+from common.template_matching import FIND_VERSION
 from session_labels.sprites import Sighting, Sprites, kept_from
 
 
@@ -38,16 +39,25 @@ def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
     pixels = hashlib.sha256()
     for template in sprites.finder.bank.templates:
         pixels.update(template.numpy().tobytes())
-    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride")}
-    return recording | {"sprites": pixels.hexdigest(), "scales": json.dumps(list(dict.fromkeys(sprites.scales)))}
+    recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride", "roi")}
+    scales = json.dumps(list(dict.fromkeys(sprites.scales)))
+    return recording | {"search_version": str(FIND_VERSION), "sprites": pixels.hexdigest(), "scales": scales}
 
 
 def scan_of(folder: Path) -> dict[str, str]:
     """The metadata of a session's detections.parquet, empty where there is none that can be read."""
     try:
-        return metadata_of(folder / "detections.parquet", DETECTIONS)
+        return {"search_version": "1", "roi": "None"} | metadata_of(folder / "detections.parquet", DETECTIONS)
     except (ValueError, OSError):
         return {}
+
+
+def say_why_again(folder: Path, wanted: dict[str, str]):
+    """Say what tells a detections.parquet from the search that is wanted."""
+    made = scan_of(folder)
+    others = [key for key, value in wanted.items() if made.get(key) != value]
+    if made and others:
+        print(f"{folder.name}: detections.parquet was made with other {', '.join(others)}; searched again")
 
 
 def load_detections(folder: Path, sprites: Sprites, wanted: dict[str, str]) -> list[Sighting] | None:

@@ -6,7 +6,7 @@ the screen stands still: the steps are chosen for the recording as a whole, as p
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,10 +199,10 @@ def progress_steps(
     sprite_width: float,
     device: str,
     rescan: bool = False,
-    show: bool = True,
+    progress_bar: Callable[..., tqdm] = tqdm,
 ) -> np.ndarray:
     """The camera's step to the right into each of a session's first `n_frames` frames (N,), in sprite widths of
-    `sprite_width` pixels: from its progress.parquet, else measured and written there; `show` shows how far it is."""
+    `sprite_width` pixels: from its progress.parquet, else measured and written there."""
     path = session.folder / "progress.parquet"
     wanted = recording_of(session.folder, n_frames) | {"sprite_width": sprite_width}
     table = None if rescan else read_progress(path, wanted)
@@ -210,7 +210,7 @@ def progress_steps(
         stride, threads = max(1, int(session.fps / RATE)), torch.get_num_threads()
         torch.set_num_threads(1)  # a frame is too little to share
         try:
-            with tqdm(total=n_frames, desc=f"{session.name}: scrolling", unit="frame", disable=not show) as bar:
+            with progress_bar(total=n_frames, desc=f"{session.name}: scrolling", unit="frame") as bar:
                 votes = count_votes(iter_frames(reader, stop=n_frames, stride=stride), device, bar)
         finally:
             torch.set_num_threads(threads)

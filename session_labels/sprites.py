@@ -15,6 +15,7 @@ from common.video import VideoReader, grey, iter_frames
 KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
 SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
 CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
+Roi = tuple[int, int, int, int]  # region of interest: left, top, width, height in pixels of the recording
 SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
 
 
@@ -58,6 +59,29 @@ def read_scales(words: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(word) for word in words))
 
 
+def crop(frames: torch.Tensor, roi: Roi | None) -> torch.Tensor:
+    """Of `frames` (..., H, W) the region of interest."""
+    if roi is None:
+        return frames
+    x, y, w, h = roi
+    return frames[..., y : y + h, x : x + w]
+
+
+def check_roi(roi: Roi | None, reader: VideoReader):
+    """Raise ValueError where a region reaches beyond the picture."""
+    if roi is not None and (roi[0] + roi[2] > reader.width or roi[1] + roi[3] > reader.height):
+        given, size = " ".join(map(str, roi)), f"{reader.width}x{reader.height}"
+        raise ValueError(f"--roi {given} reaches beyond the picture of {size}. Name X Y W H inside it")
+
+
+def check_room(roi: Roi | None, sprites: Sprites):
+    """Raise ValueError where a sprite does not fit into the region."""
+    for name, (h, w) in zip(sprites.names, (template.shape for template in sprites.finder.bank.templates), strict=True):
+        if roi is not None and (w > roi[2] or h > roi[3]):
+            given = " ".join(map(str, roi))
+            raise ValueError(f"--roi {given} is smaller than {name} of {w}x{h} pixels. Name a larger region")
+
+
 def find_scale(
     load: Callable[[tuple[float, ...]], Sprites],
     threshold: float,
@@ -65,13 +89,14 @@ def find_scale(
     n_frames: int,
     device: str,
     bar: Callable = iter,
+    roi: Roi | None = None,
 ) -> float | None:
     """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
     no sprite scores `threshold` in two of them. 1 is tried first, then frames scaled the other way by SCALES, then
     sprites scaled by what lies around the best of these, in the frames that it was seen in. `load` makes the sprites
     at some sizes."""
     stride = max(1, n_frames // SAMPLE)
-    sample = [grey(frames).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
+    sample = [grey(crop(frames, roi)).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
     frames, drawn = torch.cat(sample)[:, None], load((1.0,))  # (n, 1, H, W)
     largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
 

@@ -23,8 +23,9 @@ LATE_IMPORTS = {
     "ale_py",
     "pygba",
     "mgba",
+    "ray",
 }  # inside the function that needs them
-OTHER_TOOLS = "pip git make pytest ruff tensorboard apt-get ffmpeg xvfb-run pre-commit nvidia-smi supertux2".split()
+OTHER_TOOLS = "pip git make pytest ruff tensorboard apt-get ffmpeg xvfb-run pre-commit nvidia-smi supertux2 ray".split()
 OUTPUT_FOLDERS = (
     "runs dataset plays build .venv creatures levels expert_data recordings models videos packed Emerald-GBAdvance "
     "label_report"

@@ -1,11 +1,16 @@
 """Events, episodes, rewards and label files: hand-worked cases, and whole sessions with a made-up sprite."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +46,7 @@ from precompute_labels import (
     win_events,
 )
 from session_labels.files import write_labels
+from session_labels.workers import side_by_side
 from tests.reference import specified_returns
 from tests.synthetic import write_session
 
@@ -403,6 +409,72 @@ def test_other_thresholds_need_no_second_search(dataset, monkeypatch):
     assert label(event_stride=2) == (2, 2)
 
 
+def sure_places(folder):
+    """Frame, sprite, y, x and score of what scores the threshold."""
+    rows = read_table(folder / "detections.parquet", DETECTIONS).to_pylist()
+    return {(d["frame_idx"], d["sprite"], d["y"], d["x"]): d["score"] for d in rows if d["score"] >= 0.85}
+
+
+def test_search_of_a_region_finds_what_lies_in_it(dataset, capsys):
+    """The sprite of run_a falls from 20 to 31 at x 50, 31x40 pixels. An odd region that it leaves at half the way."""
+    main(arguments(dataset))
+    whole, labels = sure_places(dataset / "run_a"), tables(dataset)
+    _, y, _, h = roi = (43, 17, 61, 41)
+    main(arguments(dataset, overwrite=True, roi=roi))
+    assert "run_a: detections.parquet was made with other roi; searched again" in capsys.readouterr().out
+    found = sure_places(dataset / "run_a")
+    bottom = y + h - 31
+    inside = {place: score for place, score in whole.items() if place[2] <= bottom}
+    assert 0 < len(inside) < len(whole)
+    assert {place: found[place] for place in inside} == pytest.approx(inside, abs=1e-5)
+    assert {place[2:] for place in found.keys() - inside} == {(bottom, 50)}  # it is a pixel or two further down
+    events = read_table(dataset / "run_a" / "events.parquet", EVENTS).to_pydict()
+    assert events["event"] == ["DEATH", "DEATH", "WIN"]
+    assert len(read_table(dataset / "run_b" / "events.parquet", EVENTS)) == 0
+    metadata = pq.read_schema(dataset / "run_a" / "detections.parquet").metadata
+    assert metadata[b"roi"] == b"(43, 17, 61, 41)"
+    report, _ = compared(dataset)  # kept, with the settings of the labels
+    assert report["all", "ATTACK", "128x96", "recall"][0] == 0
+    main(arguments(dataset, overwrite=True))
+    assert all(table.equals(labels[path]) for path, table in tables(dataset).items())
+
+
+def test_size_of_sprites_is_looked_for_in_the_region(dataset):
+    main(arguments(dataset, roi=(40, 10, 70, 60), sprite_scales=("auto",)))
+    assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["DEATH", "DEATH", "WIN"]
+
+
+@pytest.mark.parametrize(
+    "roi, why",
+    [
+        ((-1, 0, 60, 60), "--roi -1 0 60 60: expected X and Y of 0 or more"),
+        ((0, 0, 60, 0), "--roi 0 0 60 0: .* W and H of 1 or more"),
+        ((70, 0, 59, 60), "(?s)run_a: --roi 70 0 59 60 reaches beyond the picture of 128x96. Name X Y W H inside it"),
+        ((0, 0, 60, 30), "(?s)--roi 0 0 60 30 is smaller than .*gameover-0.png of 40x31 pixels. Name a larger region"),
+    ],
+)
+def test_region_that_cannot_be_searched(dataset, roi, why):
+    with pytest.raises(SystemExit, match=why):
+        main(arguments(dataset, roi=roi))
+    assert not list(dataset.glob("run_*/returns.parquet"))
+
+
+def test_detections_of_an_older_search_are_searched_again(dataset, monkeypatch, capsys):
+    path = dataset / "run_a" / "detections.parquet"
+    main(arguments(dataset))
+    metadata = {key.decode(): value.decode() for key, value in pq.read_schema(path).metadata.items()}
+    assert metadata.pop("search_version") == "1"
+    write_table(path, pq.read_table(path), DETECTIONS, metadata)  # as before there were versions
+    before = path.stat().st_mtime_ns
+    main(arguments(dataset, overwrite=True))
+    assert path.stat().st_mtime_ns == before and "searched again" not in capsys.readouterr().out
+    monkeypatch.setattr("session_labels.files.FIND_VERSION", 2)
+    main(arguments(dataset, overwrite=True))
+    said = capsys.readouterr().out
+    assert "run_a: detections.parquet was made with other search_version; searched again" in said
+    assert pq.read_schema(path).metadata[b"search_version"] == b"2"
+
+
 @pytest.mark.parametrize("scale", [0.94, 1.25])
 def test_sprites_of_another_size_are_found(dataset, tmp_path, scale, capsys):
     """A recording scaled as a whole: auto finds how large its sprites are, also after a search at another size."""
@@ -444,6 +516,12 @@ def test_several_workers_find_what_one_finds(dataset, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("2 sessions: 2 labelled, 0 kept, 0 failed")
 
 
+def test_bars_can_be_switched_off(dataset, capsys):
+    """tests/conftest.py sets TQDM_DISABLE."""
+    main(arguments(dataset, sprite_scales=("auto",), progress_reward=0.1))
+    assert capsys.readouterr().err == ""
+
+
 def test_doubtful_events_end_no_episode_and_bring_no_reward(dataset):
     main(arguments(dataset))
     events = read_table(dataset / "run_b" / "events.parquet", EVENTS)
@@ -465,7 +543,7 @@ def search_or_die(args, device, folder):
         write_table(folder / "detections.parquet", {name: [] for name in DETECTIONS.names}, DETECTIONS)
         (folder / "detections.parquet").rename(folder / ".detections.parquet.tmp")
         os.kill(os.getpid(), 9)
-    precompute_labels.search(args, device, folder)
+    return precompute_labels.search(args, device, folder)
 
 
 def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys):
@@ -482,6 +560,49 @@ def test_a_killed_worker_costs_its_own_session_only(dataset, monkeypatch, capsys
     monkeypatch.undo()
     (dataset / "run_0" / "recording.mp4").unlink()
     assert main(arguments(dataset, num_workers=2))["sessions"]["run_a"]["DEATH"] == 2
+
+
+@pytest.mark.slow
+def test_ray_tasks_find_what_one_process_finds(dataset, monkeypatch, capsys):
+    """A worker that dies, as one that cannot read its session, costs this session only."""
+    pytest.importorskip("ray", reason="needs the extra cluster: pip install -e '.[cluster]'")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # its 15 starves them on a busy machine
+    main(arguments(dataset))
+    alone = tables(dataset)
+    for path in alone:
+        path.unlink()
+    shutil.copytree(dataset / "run_a", dataset / "run_0")
+    (dataset / "run_0" / "recording.mp4").write_bytes(b"no video")
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute_labels, "search", search_or_die)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments(dataset, ray_address="local"))
+    message = str(stopped.value)
+    assert message.startswith("2 of 3 sessions failed") and "cannot be opened as a video" in message
+    assert "run_a: the Ray task that searched its video failed: The worker died unexpectedly" in message
+    assert message.endswith("3 sessions: 1 labelled, 0 kept, 2 failed; DEATH 0, ATTACK 2, WIN 0")
+    assert {path.parent.name for path in tables(dataset)} == {"run_b"}
+    shutil.rmtree(dataset / "run_0")
+    monkeypatch.setattr(precompute_labels, "find_detections", None)  # here, not in the tasks
+    monkeypatch.chdir(dataset)
+    assert main(arguments(Path("."), sprites=Path("sprites"), ray_address="local"))["sessions"].keys() == {
+        "run_a",
+        "run_b",
+    }
+    assert all(table.equals(alone[path]) for path, table in tables(dataset).items()) and len(tables(dataset)) == 8
+    assert not list(dataset.glob("run_*/.*"))
+
+
+def test_ray_that_is_missing_or_does_not_answer(dataset, monkeypatch):
+    with pytest.raises(SystemExit, match="^--num-workers 2: leave it out"):
+        main(arguments(dataset, ray_address="local", num_workers=2))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"^ray does not import .*'\.\[cluster\]'$"):
+        patch.setitem(sys.modules, "ray", None)
+        main(arguments(dataset, ray_address="auto"))
+    pytest.importorskip("ray", reason="needs the extra cluster: pip install -e '.[cluster]'")
+    with pytest.raises(SystemExit, match="^--ray-address auto: no cluster answers .*Could not find any running Ray"):
+        main(arguments(dataset, ray_address="auto"))
+    assert not list(dataset.glob("run_*/*s.parquet.tmp"))
 
 
 def test_stride_finds_the_same_deaths_within_the_stride(dataset):
@@ -618,6 +739,86 @@ def test_ctrl_c_ends_with_130_and_a_summary(dataset):
     assert {p.name: p.read_bytes() for p in (dataset / "run_a").glob("*.parquet")} == before
     main(arguments(dataset, gamma=0.9))  # keeps them
     assert not list(dataset.glob("run_*/.*"))
+
+
+def clean_up_late(folder):
+    """Work of a process that holds a temporary file until it ends."""
+    try:
+        (folder / ".work.tmp").touch()
+        time.sleep(60)
+    finally:
+        (folder / ".work.tmp").unlink()
+
+
+def test_ctrl_c_lets_workers_clean_up(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+
+    def press_ctrl_c():
+        wait_until(lambda: len(list(tmp_path.glob("*/.work.tmp"))) == 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press_ctrl_c).start()
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(clean_up_late, folders, 2, "work")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.glob("*/*")) and not multiprocessing.active_children()
+
+
+def wait_until(what):
+    end = time.monotonic() + 60
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("to, when", [("group", "workers start"), ("parent", "they search")])
+def test_ctrl_c_ends_workers(dataset, to, when):
+    """A terminal sends SIGINT to the whole process group, `kill -INT` to the main process only."""
+    main(arguments(dataset / "run_a", sprites=dataset / "sprites"))
+    before = {path.name: path.read_bytes() for path in (dataset / "run_a").glob("*.parquet")}
+    for name in "cdef":
+        shutil.copytree(dataset / "run_b", dataset / f"run_{name}")
+    words = ["--data-dir", dataset, "--sprites", dataset / "sprites", "--sprite-scales", "1", "--num-workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, precompute_labels.__file__, *map(str, words), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if when == "workers start":
+        wait_until(lambda: len(children.read_text().split()) == 3)  # two, and what tracks their resources
+        time.sleep(0.5)  # they import
+    else:
+        wait_until(lambda: len(list(dataset.glob("run_*/detections.parquet"))) == 2)
+    (os.killpg if to == "group" else os.kill)(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out.splitlines()[-1].startswith("6 sessions: none labelled; stopped by Ctrl-C")
+    assert "Traceback" not in err and "leaked" not in err
+    wait_until(lambda: not group_lives(process.pid))
+    assert not group_lives(process.pid)
+    assert not list(dataset.glob("run_*/.*"))
+    assert {path.name: path.read_bytes() for path in (dataset / "run_a").glob("*.parquet")} == before
+    searched = {path: path.stat().st_mtime_ns for path in dataset.glob("run_*/detections.parquet")}
+    assert len(searched) < 6
+    assert len(main(arguments(dataset))["sessions"]) == 6
+    assert {path: path.stat().st_mtime_ns for path in searched} == searched
 
 
 def test_a_failure_while_writing_keeps_the_old_labels(dataset):
