@@ -41,6 +41,7 @@ from precompute_labels import (
     win_events,
 )
 from session_labels.files import write_labels
+from session_labels.game import load_game
 from tests.reference import specified_returns
 from tests.synthetic import write_session
 
@@ -115,8 +116,10 @@ def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus, attacks):
     np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12, atol=1e-15)
 
 
-def made_events(event, seen, times, **changes):
-    return group_events(event, sprite_groups(Args(**changes), event, seen, times), times)
+def made_events(event, seen, times, min_gap_s=2.5, **changes):
+    rule = load_game(Args.game).rules[event]
+    rule.min_gap_s = min_gap_s
+    return group_events(rule, sprite_groups(Args(**changes), rule, seen, times), times)
 
 
 # --- deaths ---
@@ -124,7 +127,7 @@ def made_events(event, seen, times, **changes):
 
 def deaths(scores, fps=10, min_gap_s=2.5, threshold=0.85):
     seen = [Sighting(i, "DEATH", 0, score, 0, 0) for i, score in enumerate(scores) if score >= threshold]
-    return made_events("DEATH", seen, times_at(fps, len(scores)), death_min_gap_s=min_gap_s)
+    return made_events("DEATH", seen, times_at(fps, len(scores)), min_gap_s)
 
 
 def test_death_is_the_first_sighting_with_the_peak_as_confidence():
@@ -149,7 +152,7 @@ def test_picture_that_stays_is_one_death():
     assert len(deaths(np.full(200, 0.9))) == 1
     assert deaths(np.full(200, 0.84)) == []
     seen = [Sighting(i, "DEATH", i // 5 % 2, 0.9, 0, 0) for i in range(0, 200, 5)]  # every fifth frame was looked at
-    assert len(made_events("DEATH", seen, times_at(10, 200), death_min_gap_s=0.3, event_stride=5)) == 1
+    assert len(made_events("DEATH", seen, times_at(10, 200), min_gap_s=0.3, event_stride=5)) == 1
 
 
 # --- squished enemies ---
@@ -677,12 +680,13 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
 
 
 def test_sprites_beside_the_data_are_used_where_the_game_is_missing(dataset, monkeypatch):
-    monkeypatch.setattr(precompute_labels, "INSTALLED_SPRITES", dataset / "not_installed")
-    main(arguments(dataset, sprites=None))
+    game = dataset / "game.toml"
+    game.write_text(Args.game.read_text().replace("/usr/share/games/supertux2/images", "not_installed"))
+    main(arguments(dataset, sprites=None, game=game))
     assert len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 3
     monkeypatch.chdir(dataset / "run_a")
     for one_session in (dataset / "run_a", Path(".")):
-        result = main(arguments(one_session, sprites=None, overwrite=True))
+        result = main(arguments(one_session, sprites=None, overwrite=True, game=game))
         assert result["sessions"]["run_a"]["DEATH"] == 2
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 
 from common.sessions import EVENTS, OVERRIDES, read_table
 from precompute_labels import Args, Sighting, group_events, main, sprite_groups
+from session_labels.game import load_game
 from session_labels.review import Card, Override, accept, choose, doubtful, follow, kind_of, merge, without_rejected
 from tests.unit.test_precompute_labels import arguments, dataset, times_at  # noqa: F401
 
 TIMES = times_at(10, 400)
 DEATH_SPRITE = "creatures/tux/small/gameover-0.png"
+RULES = load_game(Args.game).rules
 SPRITES = SimpleNamespace(kinds=["tux", "tux other", "enemy"], thresholds=np.array([0.85, 0.85, 0.85]))
 
 
@@ -32,11 +34,11 @@ def seen(detections, less=0.0):
 
 
 def groups_of(event, sightings, overrides=(), stride=1):
-    return sprite_groups(Args(event_stride=stride), event, sightings, TIMES, overrides)
+    return sprite_groups(Args(event_stride=stride), RULES[event], sightings, TIMES, overrides)
 
 
 def deaths(detections, overrides=(), less=0.0, stride=1):
-    return group_events("DEATH", groups_of("DEATH", seen(detections, less), overrides, stride), TIMES)
+    return group_events(RULES["DEATH"], groups_of("DEATH", seen(detections, less), overrides, stride), TIMES)
 
 
 def override(frame, accept, y=100, x=100, event="DEATH", sprite="tux"):
