@@ -43,7 +43,7 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import files, review, scrolling, truth
+from session_labels import calibration, files, review, scrolling, truth
 from session_labels.game import Game, Rule, load_game
 from session_labels.review import Override
 from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
@@ -88,6 +88,10 @@ class Args:
     template_thresholds: tuple[str, ...] = ()
     """that score for single sprites, NAME=SCORE each, such as squished-left=0.9; beats the three above and those
     of the game's file"""
+    event_free: tuple[str, ...] = ()
+    """footage without events: sessions, FOLDER:FIRST-LAST for some frames of one, folders of sessions, or truth for all
+    that --truth tells none of. A sprite that scores there gets a higher threshold or is dropped, in thresholds.toml of
+    data_dir, which counts from then on"""
     sprite_scales: tuple[str, ...] = ()
     """size of the sprites in the recording, 1 as drawn; auto finds it in every recording, several are all searched;
     empty: as the game's file says"""
@@ -385,7 +389,8 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     for word in args.template_thresholds:
         name, _, score = word.partition("=")
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
-            raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
+            where = f"--template-thresholds {word}, or {calibration.thresholds_file(args.data_dir)}"
+            raise ValueError(f"{where}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
     banks, kinds, events, sizes, thresholds = [], [], [], [], []
     of_event = {"DEATH": args.death_threshold, "ATTACK": args.attack_threshold}
@@ -464,6 +469,31 @@ def detect(
     finally:
         torch.set_num_threads(threads)
     return sprites, detections
+
+
+def calibrate(args: Args, device: str, path: Path) -> tuple[str, ...]:
+    """NAME=SCORE of each sprite that scores too high in footage without events, also written to `path` with the why."""
+    peaks, count = {}, 0
+    for footage in calibration.find_footage(args.event_free, args.data_dir, args.truth):
+        session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4")
+        n = min(session.n_frames, reader.n_frames)
+        quiet = footage.frames(session.timestamps[:n])  # (n,)
+        sprites, detections = detect(args, session, reader, device, label_metadata(args, session, n))
+        calibration.add_peaks(peaks, session.name, detections, sprites, quiet)
+        count += int(quiet.sum())
+    if count == 0:
+        raise ValueError(f"--event-free {' '.join(args.event_free)} names no frame without an event. Name more footage")
+    sprites = load_all_sprites(args)
+    thresholds = dict(zip(map(calibration.stem, sprites.kinds), sprites.thresholds, strict=True))
+    chosen = calibration.choose_thresholds(thresholds, peaks)
+    game = load_game(args.game)
+    calibration.write_thresholds(path, chosen, f"{game.name} {game.digest}: from {count} frames without an event")
+    for name, threshold in thresholds.items():
+        most = f"{peaks[name].score:.3f} at most" if name in peaks else f"less than {kept_from(threshold):g}"
+        score, reason = chosen.get(name, (threshold, f"stays: scores {most}"))
+        print(f"{name}: threshold {score:g}, {reason}")
+    print(f"{path}: from {count} frames without an event; it counts from now on, take it away to do without")
+    return tuple(f"{name}={score:g}" for name, (score, _) in chosen.items())
 
 
 def judged(
@@ -602,8 +632,9 @@ def main(args: Args) -> dict:
         )
     if args.review < 0:
         raise SystemExit(f"--review is {args.review}, expected 0 or more")
-    if (args.review or args.overrides) and not args.detect_events:
-        raise SystemExit("--no-detect-events looks for no sprites: leave it out, or --review and --overrides")
+    if (args.review or args.overrides or args.event_free) and not args.detect_events:
+        flags = "--review, --overrides and --event-free"
+        raise SystemExit(f"--no-detect-events looks for no sprites: leave it out, or {flags}")
     if not 0 <= args.min_event_confidence <= 1:
         raise SystemExit(f"--min-event-confidence is {args.min_event_confidence}, expected 0 to 1")
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
@@ -616,10 +647,16 @@ def main(args: Args) -> dict:
         if args.truth is not None:
             truth.check_name(args.truth, folders)
         if args.detect_events:
+            thresholds = calibration.thresholds_file(args.data_dir)
+            found = () if args.event_free else calibration.read_thresholds(thresholds)
+            args = replace(args, template_thresholds=(*found, *args.template_thresholds))  # the last of a name counts
             drawn = load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
             review.import_overrides(
                 args.overrides, args.data_dir, folders, dict(zip(drawn.kinds, drawn.events, strict=True))
             )
+            if args.event_free:
+                found = calibrate(args, device, thresholds)
+                args = replace(args, template_thresholds=(*args.template_thresholds, *found))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
