@@ -292,13 +292,37 @@ def episode_rewards(
     return rewards
 
 
+def persists(group: list[Sighting], rule: Rule, n_frames: int, stride: int, overrides: Sequence[Override]) -> bool:
+    """Whether a thing is seen often enough, from its first frame on, or a person says that it is there. Where the
+    recording ends before, every frame that is left has to show it."""
+    first = group[0].frame
+    frames = {s.frame for s in group if s.frame < first + rule.of_frames * stride}
+    least = min(rule.min_sightings, 1 + (n_frames - 1 - first) // stride)
+    return len(frames) >= least or any(review.is_judged(s, overrides, accepted=True) for s in group)
+
+
+def split_chains(sightings: list[Sighting], times: np.ndarray, stride: int) -> list[list[Sighting]]:
+    """The sightings of each thing, as far as it can have moved from one frame to the next. Frame `times` (N,) in ms."""
+    chains = []
+    while sightings:
+        chains.append(review.follow(sightings[0], sightings, times, stride))
+        taken = {id(s) for s in chains[-1]}
+        sightings = [s for s in sightings if id(s) not in taken]
+    return chains
+
+
 def sprite_groups(
     args: Args, rule: Rule, sightings: list[Sighting], times: np.ndarray, overrides: Sequence[Override] = ()
 ) -> list[list[Sighting]]:
     """The sightings of each event, as its `rule` says, without what a person has rejected."""
     if rule.rule == "track":
         tracks = attack_groups(sightings, times, rule.stays_s, rule.camera_speed)
+        tracks = [track for track in tracks if persists(track, rule, len(times), args.event_stride, overrides)]
         return review.without_rejected(tracks, overrides)
+    if rule.min_sightings > 1:
+        chains = split_chains(sightings, times, args.event_stride)
+        chains = [chain for chain in chains if persists(chain, rule, len(times), args.event_stride, overrides)]
+        sightings = sorted((s for chain in chains for s in chain), key=lambda s: s.frame)
     deaths = death_groups(sightings, times, rule.min_gap_s, args.event_stride)
     together = partial(review.follow, times=times, stride=args.event_stride)
     return review.without_rejected(deaths, overrides, together)

@@ -40,7 +40,14 @@ GAME = {  # key: what it may be, its default
     "ATTACK": (TABLE, {}),
     "WIN": (TABLE, {}),
 }
-SPRITES = {"sprites": (TEXTS, NEEDED), "mirror": (SWITCH, False), "alpha": (SHARE, 0.5), "rule": (RULE, NEEDED)}
+SPRITES = {
+    "sprites": (TEXTS, NEEDED),
+    "mirror": (SWITCH, False),
+    "alpha": (SHARE, 0.5),
+    "min_sightings": (COUNT, 1),
+    "of_frames": (COUNT, None),
+    "rule": (RULE, NEEDED),
+}
 RULES = {
     "first": {"min_gap_s": (SECONDS, NEEDED)},
     "track": {"stays_s": (POSITIVE, NEEDED), "camera_speed": (POSITIVE, NEEDED)},
@@ -61,6 +68,8 @@ class Rule:
     sprites: list[str]  # files below the folder of sprites
     mirror: bool  # also looked for facing the other way
     alpha: float  # pixels more opaque than this are compared
+    min_sightings: int  # frames that show it, of the first so many that were looked at, or it is no event
+    of_frames: int
     rule: str  # first: the first sighting is the event, track: each thing that is seen is one
     min_gap_s: float = 0.0  # first: sightings within this are the same event
     stays_s: float = 0.0  # track: how long a thing is seen, then it is gone
@@ -103,6 +112,10 @@ def load_game(path: Path) -> Game:
         if event == "WIN":
             win = {key: table.pop(key) for key in WIN_KEYS}
         if table:
+            table["of_frames"] = table["of_frames"] or table["min_sightings"]
+            if table["of_frames"] < table["min_sightings"]:
+                found = f"[{event}] of_frames is {table['of_frames']}"
+                raise ValueError(f"{path}: {found}, expected min_sightings ({table['min_sightings']}) or more")
             rules[event] = Rule(event, **table)
     if not rules:
         raise ValueError(f"{path} names no sprites. Add a table [DEATH], [ATTACK] or [WIN] with sprites and a rule")

@@ -108,6 +108,10 @@ WRONG = {
     '["boom.png"]': ('"boom.png"', r'\[DEATH\] sprites is "boom.png", expected a list of texts'),
     'sprites = ["flag.png"]': ('key = "KEY_BACKSLSH"', r'\[WIN\] key is "KEY_BACKSLSH", expected an evdev key name'),
     "[DEATH]": ("[DAETH]", "game.toml: DAETH = .* is not known here, did you mean DEATH"),
+    "min_gap_s = 1.5\n": (
+        "min_gap_s = 1.5\nmin_sightings = 3\nof_frames = 2\n",
+        r"of_frames is 2, expected min_s.*\(3\)",
+    ),
     "respawn_gap_s = 1.0": ("respawn_gap_s = true", "respawn_gap_s is true, expected a number"),
     '"pictures"]': ('"pictures"', "game.toml is no TOML file: "),
     "[WIN]": (

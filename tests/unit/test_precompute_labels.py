@@ -116,9 +116,9 @@ def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus, attacks):
     np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12, atol=1e-15)
 
 
-def made_events(event, seen, times, min_gap_s=2.5, **changes):
+def made_events(event, seen, times, min_gap_s=2.5, min_sightings=1, of_frames=1, **changes):
     rule = load_game(Args.game).rules[event]
-    rule.min_gap_s = min_gap_s
+    rule.min_gap_s, rule.min_sightings, rule.of_frames = min_gap_s, min_sightings, of_frames
     return group_events(rule, sprite_groups(Args(**changes), rule, seen, times), times)
 
 
@@ -213,6 +213,42 @@ def test_a_second_enemy_after_the_first_is_gone_is_a_second_event():
 def test_confidence_of_an_attack_is_its_peak():
     seen = [Sighting(i, "ATTACK", 0, score, 0, 0) for i, score in ((3, 0.9), (4, 0.97), (5, 0.88))]
     assert made_events("ATTACK", seen, times_at(10, 9)) == [(3, 0.97)]
+
+
+# --- what is seen too seldom ---
+
+
+def test_what_does_not_stay_is_no_death_and_hides_none():
+    """A cloud flashes shortly before Tux dies, elsewhere: alone it would take the death with it."""
+    cloud = [Sighting(i, "DEATH", 0, 0.9, 10.0, 400.0) for i in (20, 35)]
+    tux = [Sighting(i, "DEATH", 0, 0.95, 300.0 - 12 * i, 100.0) for i in (30, 31, 33, 34, 36, 37)]  # flickers, flies up
+    seen = sorted(cloud + tux, key=lambda s: s.frame)
+    assert made_events("DEATH", seen, times_at(10, 90)) == [(20, 0.95)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=2, of_frames=3) == [(30, 0.95)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=3, of_frames=3) == []
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=3, of_frames=4) == [(30, 0.95)]
+
+
+def test_what_jumps_about_is_no_thing_that_stays():
+    seen = [Sighting(i, "DEATH", 0, 0.9, 200.0, 600.0 * (i % 2)) for i in range(20, 30)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=2, of_frames=2) == []
+    assert made_events("DEATH", seen[::2], times_at(10, 90), min_sightings=2, of_frames=3) == [(20, 0.9)]
+
+
+def test_squished_enemy_that_is_seen_once_is_none():
+    camera = np.arange(80) * 3
+    seen = [Sighting(i, "ATTACK", 0, 0.9, 400.0, float(300 - camera[i])) for i in range(10, 30)]
+    flash = [Sighting(15, "ATTACK", 0, 0.9, 100.0, 500.0)]
+    both = sorted(seen + flash, key=lambda s: s.frame)
+    frames = [f for f, _ in made_events("ATTACK", both, times_at(10, 80))]
+    assert frames == [10, 15]
+    strict = {"min_sightings": 3, "of_frames": 5}
+    assert [f for f, _ in made_events("ATTACK", both, times_at(10, 80), **strict)] == [10]
+    late = [Sighting(i, "ATTACK", 0, 0.9, 400.0, 100.0) for i in (78, 79)]
+    assert len(made_events("ATTACK", late, times_at(10, 80), **strict)) == 1, "the recording ends there"
+    assert made_events("ATTACK", late[:1], times_at(10, 80), **strict) == []
+    apart = [s for s in seen if s.frame % 4 == 0]  # frames 12, 16, ... were looked at
+    assert len(made_events("ATTACK", apart, times_at(10, 80), **strict, event_stride=4)) == 1
 
 
 # --- wins ---

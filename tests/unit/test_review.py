@@ -122,6 +122,15 @@ def test_accepted_place_is_an_event_from_its_first_frame_on():
     assert deaths(accepted(detections, override(101, False, y=62, x=96))) == []
 
 
+def test_accepted_place_counts_however_seldom_it_is_seen(monkeypatch):
+    seldom = [place(100, 0.9)]
+    assert deaths(seldom) == [(100, 0.9)]
+    monkeypatch.setattr(RULES["DEATH"], "min_sightings", 3)
+    monkeypatch.setattr(RULES["DEATH"], "of_frames", 3)
+    assert deaths(seldom) == []
+    assert deaths(accepted(seldom, override(100, True)), [override(100, True)]) == [(100, 1.0)]
+
+
 def test_accepting_an_event_makes_it_sure_and_moves_nothing():
     detections = [place(9, 0.8), place(10, 0.9), place(11, 0.95), place(12, 0.8)]
     assert deaths(accepted(detections, override(11, True))) == [(10, 1.0)]
