@@ -133,8 +133,8 @@ class Args:
     """running: A is divided by its running standard deviation. batch-mean: weights are divided by their batch mean
     instead, which cancels the advantage where neighbours share a batch; kept to show that"""
     confident_from: float = 0.0
-    """begin with episodes whose death or win is at least this sure, 0..1; the bar falls linearly to 0 over the first
-    half of the updates. 0 means all episodes from the start"""
+    """begin with episodes whose death or win is at least this sure, 0..1; over the first half of the updates the bar
+    falls linearly to the least sure one. 0 means all episodes from the start"""
     value_coef: float = 0.5
     """coefficient of the value loss"""
     mouse_coef: float = 1.0
@@ -936,6 +936,7 @@ def main(args: Args) -> dict:
         for name in "keys keys_now returns rewards finished terminal confidence mouse mouse_known".split()
     }
     down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
+    least_sure = labels["confidence"].min().item()
     pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
     labels = {name: label.to(device) for name, label in labels.items()}
 
@@ -1029,7 +1030,7 @@ def main(args: Args) -> dict:
                 stacks, rows = stacks.to(device), rows.to(device)  # (B, T * 3, S, S), (B,)
                 returns, finished = labels["returns"][rows], labels["finished"][rows]  # (B,)
                 followed = (rows[1:] == rows[:-1] + 1).float()  # (B - 1,) the next row is the next frame
-                bar = args.confident_from * max(0.0, 1 - 2 * update / total_updates)
+                bar = least_sure + (args.confident_from - least_sure) * max(0.0, 1 - 2 * update / total_updates)
                 sure = (labels["confidence"][rows] >= bar).float()  # (B,) of an episode to learn from by now
                 if args.random_shift:
                     stacks = random_shift(stacks, args.random_shift)

@@ -57,7 +57,7 @@ def make_bank(names: list[str], greys: list[np.ndarray], masks: list[np.ndarray]
     bank = Bank(list(names), [], [], [])
     for name, grey, mask in zip(names, greys, masks, strict=True):
         if not mask.any():
-            raise ValueError(f"{name}: no pixel is opaque enough, so nothing can match. Leave this file out.")
+            raise ValueError(f"{name}: no pixel has an alpha high enough, so nothing can match. Leave this file out.")
         opaque = grey[mask].astype(np.float64)  # (n,)
         if opaque.std() < 1:
             raise ValueError(

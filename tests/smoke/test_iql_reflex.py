@@ -276,7 +276,7 @@ def test_doubtful_episodes_wait_for_the_bar_to_fall(tmp_path):
     assert not same(learnt("WIN"), learnt("DEATH"))
     assert not same(learnt("WIN", confident_from=0.5), learnt("DEATH", confident_from=0.5)), "as sure as is asked"
     scalars = tensorboard(train("DEATH", max_updates=8, confident_from=0.9)).Scalars("train/confident_frac")
-    assert [s.value < 1 for s in scalars] == [True] * 2 + [False] * 6, "0.9 * (1 - 2 * 2 / 8) is below 0.5"
+    assert [s.value < 1 for s in scalars] == [True] * 4 + [False] * 4, "from 0.9 to 0.5 in four updates"
 
 
 def test_environment_sets_defaults_below_the_flags(dataset, tmp_path):

@@ -90,6 +90,13 @@ def test_a_single_sprite_has_a_threshold_of_its_own(hopper):
     assert len(label(hopper, game=strict, template_thresholds=("wreck=0.85",))) == 4
 
 
+def test_progress_counts_in_the_games_own_width(hopper):
+    narrow = hopper / "narrow.toml"
+    narrow.write_text("sprite_width = 16\n" + GAME)
+    label(hopper, game=narrow, progress_reward=0.1)
+    assert pq.read_schema(hopper / "data" / "run_1" / "progress.parquet").metadata[b"sprite_width"] == b"16.0"
+
+
 def test_only_what_the_file_says_counts(tmp_path):
     (tmp_path / "a.toml").write_text(GAME)
     (tmp_path / "b.toml").write_text("# my game\n" + GAME.replace("1.5", "1.50"))
