@@ -413,8 +413,7 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     for word in args.template_thresholds:
         name, _, score = word.partition("=")
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
-            where = f"--template-thresholds {word}, or {calibration.thresholds_file(args.data_dir)}"
-            raise ValueError(f"{where}: expected NAME=SCORE with NAME one of {', '.join(names)}")
+            raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
     banks, kinds, events, sizes, thresholds = [], [], [], [], []
     of_event = {"DEATH": args.death_threshold, "ATTACK": args.attack_threshold}
@@ -671,16 +670,16 @@ def main(args: Args) -> dict:
         if args.truth is not None:
             truth.check_name(args.truth, folders)
         if args.detect_events:
-            thresholds = calibration.thresholds_file(args.data_dir)
-            found = () if args.event_free else calibration.read_thresholds(thresholds)
-            args = replace(args, template_thresholds=(*found, *args.template_thresholds))  # the last of a name counts
             drawn = load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
             review.import_overrides(
                 args.overrides, args.data_dir, folders, dict(zip(drawn.kinds, drawn.events, strict=True))
             )
+            path, single = calibration.thresholds_file(args.data_dir), args.template_thresholds
             if args.event_free:
-                found = calibrate(args, device, thresholds)
-                args = replace(args, template_thresholds=(*args.template_thresholds, *found))
+                single = (*single, *calibrate(args, device, path))  # the last of a name counts
+            else:
+                single = (*calibration.read_thresholds(path, set(map(calibration.stem, drawn.kinds))), *single)
+            args = replace(args, template_thresholds=single)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 

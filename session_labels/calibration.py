@@ -121,13 +121,17 @@ def write_thresholds(path: Path, chosen: dict[str, tuple[float, str]], heading: 
         temporary.unlink(missing_ok=True)
 
 
-def read_thresholds(path: Path) -> tuple[str, ...]:
-    """NAME=SCORE of each sprite in thresholds.toml, none where there is none. Raises ValueError for another file."""
+def read_thresholds(path: Path, names: set[str]) -> tuple[str, ...]:
+    """NAME=SCORE of each sprite in thresholds.toml, none where there is none. Raises ValueError for what cannot be."""
     if not path.exists():
         return ()
+    mend = "Make it again with --event-free, or take it away"
     try:
-        table = tomllib.loads(path.read_text())["template_thresholds"]
-        return tuple(f"{name}={float(score):g}" for name, score in table.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        mend = "Make it again with --event-free, or take it away"
-        raise ValueError(f"{path} is no TOML file with a table [template_thresholds] of scores. {mend}") from None
+        table = dict(tomllib.loads(path.read_text())["template_thresholds"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no TOML file with a table [template_thresholds]. {mend}") from None
+    for name, score in table.items():
+        if name not in names or type(score) not in (int, float) or not 0 < score <= 1:
+            found = f"{path}: {name} = {score!r}, expected a score above 0, at most 1"
+            raise ValueError(f"{found}, of one of {', '.join(sorted(names))}. {mend}")
+    return tuple(f"{name}={score:g}" for name, score in table.items())

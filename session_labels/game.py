@@ -23,6 +23,10 @@ SECONDS = (lambda x: type(x) in (int, float) and 0 <= x < math.inf, "a number, 0
 POSITIVE = (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0")
 SCORE = (lambda x: type(x) in (int, float) and 0 < x <= 1, "a score above 0, at most 1")
 SHARE = (lambda x: type(x) in (int, float) and 0 <= x < 1, "a number from 0 to below 1")
+SIZES = (
+    lambda x: x == ["auto"] or (isinstance(x, list) and x and all(POSITIVE[0](n) and 0.25 <= n <= 4 for n in x)),
+    'a list of numbers from 0.25 to 4, or ["auto"]',
+)
 RULE = (lambda x: isinstance(x, str) and x in RULES, 'a rule: "first" or "track"')
 KEY = (lambda x: isinstance(x, str) and x in KEY_CODES, "an evdev key name such as KEY_BACKSLASH (docs/data.md)")
 
@@ -33,7 +37,7 @@ GAME = {  # key: what it may be, its default
     "missing": (TEXT, "Install the game"),
     "sprite_threshold": (SCORE, 0.85),
     "template_thresholds": (TABLE, {}),
-    "sprite_scales": (TEXTS, ["auto"]),
+    "sprite_scales": (SIZES, ["auto"]),
     "sprite_width": (POSITIVE, 32),
     "respawn_gap_s": (SECONDS, NEEDED),
     "DEATH": (TABLE, {}),
@@ -123,7 +127,7 @@ def load_game(path: Path) -> Game:
     single = dict.fromkeys(stems, (SCORE, None))
     single = checked(path, "[template_thresholds] ", game["template_thresholds"], single)
     game["template_thresholds"] = {stem: score for stem, score in single.items() if score is not None}
-    game["sprite_scales"] = tuple(game["sprite_scales"])
+    game["sprite_scales"] = tuple(str(size) for size in game["sprite_scales"])  # as --sprite-scales
     game["folders"] = [path.parent / folder for folder in game["folders"]]  # one that begins with / stays as it is
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return Game(digest=digest, rules=rules, win=win, **game)

@@ -87,13 +87,16 @@ def test_footage_that_cannot_be_is_explained(hopper, tmp_path):  # noqa: F811
     fails("--event-free truth: name the file", "truth")
     fails("--no-detect-events looks for no sprites", "run_1", detect_events=False)
     path = hopper / "data" / "thresholds.toml"
-    for text in ("boom = 0.9", "[template_thresholds]\nboom = 'high'", "[template"):
+    for text in ("boom = 0.9", "template_thresholds = 0.9", "[template"):
         path.write_text(text)
         with pytest.raises(
             SystemExit, match="thresholds.toml is no TOML file with a table .* --event-free, or take it"
         ):
             label(hopper)
-    path.write_text("[template_thresholds]\nbang = 0.9")
-    with pytest.raises(SystemExit, match="bang=0.9, or .*thresholds.toml: expected NAME=SCORE with NAME one of boom"):
-        label(hopper)
+    for row in ("bang = 0.9", "boom = 'high'", "boom = 85", "boom = true"):
+        path.write_text(f"[template_thresholds]\n{row}")
+        with pytest.raises(
+            SystemExit, match=f"thresholds.toml: {row[:4]} = .*, expected a score.* boom, flag, wreck. Make"
+        ):
+            label(hopper)
     path.unlink()

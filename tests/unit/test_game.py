@@ -100,9 +100,9 @@ def test_progress_counts_in_the_games_own_width(hopper):
 def test_only_what_the_file_says_counts(tmp_path):
     (tmp_path / "a.toml").write_text(GAME)
     (tmp_path / "b.toml").write_text("# my game\n" + GAME.replace("1.5", "1.50"))
-    (tmp_path / "c.toml").write_text(GAME.replace("1.5", "1.6"))
+    (tmp_path / "c.toml").write_text("sprite_scales = [1, 1.4]\n" + GAME)
     a, b, c = (load_game(tmp_path / f"{name}.toml").digest for name in "abc")
-    assert a == b != c
+    assert a == b != c and load_game(tmp_path / "c.toml").sprite_scales == ("1", "1.4")
 
 
 WRONG = {
@@ -120,6 +120,7 @@ WRONG = {
         r"of_frames is 2, expected min_s.*\(3\)",
     ),
     "respawn_gap_s = 1.0": ("respawn_gap_s = true", "respawn_gap_s is true, expected a number"),
+    "[DEATH]\n": ('sprite_scales = ["big"]\n[DEATH]\n', r'sprite_scales is \["big"\], expected a list of numbers'),
     '"pictures"]': ('"pictures"', "game.toml is no TOML file: "),
     "[WIN]": (
         "[template_thresholds]\nbang = 1\n[WIN]",
