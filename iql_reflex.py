@@ -39,6 +39,7 @@ from tqdm import tqdm
 from common import runs
 from common.sessions import (
     EPISODES,
+    EVENTS,
     RETURNS,
     Session,
     find_sessions,
@@ -131,6 +132,9 @@ class Args:
     iql_adv_normalizer: Literal["running", "batch-mean"] = "running"
     """running: A is divided by its running standard deviation. batch-mean: weights are divided by their batch mean
     instead, which cancels the advantage where neighbours share a batch; kept to show that"""
+    confident_from: float = 0.0
+    """begin with episodes whose death or win is at least this sure, 0..1; over the first half of the updates the bar
+    falls linearly to the least sure one. 0 means all episodes from the start"""
     value_coef: float = 0.5
     """coefficient of the value loss"""
     mouse_coef: float = 1.0
@@ -189,6 +193,7 @@ class Recording:
     gamma: float  # of the returns, per frame; NaN in labels that do not say
     finished: np.ndarray  # (N,) bool, the episode ended in a win or a death, so the return is known
     terminal: np.ndarray  # (N,) bool, the last frame of such an episode that has a label
+    confidence: np.ndarray  # (N,) of the event that ends the episode; 1 where none does
     usable: np.ndarray  # (N,) bool, frame and label lie inside one episode, the stack inside the recording
     training: np.ndarray  # (N,) bool, usable and neither validation nor the gap beside it
 
@@ -222,10 +227,13 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
     keys_now, keys_any = (table[:N] for table in key_table(session, keys))  # (N, K), (N, K)
     mouse, mouse_known = mouse_table(session)
     returns, rewards, episode = np.zeros(N), np.zeros(N), np.full(N, -1)
-    finished, terminal = np.zeros(N, bool), np.zeros(N, bool)
+    finished, terminal, confidence = np.zeros(N, bool), np.zeros(N, bool), np.ones(N)
+    events = read_table(folder / "events.parquet", EVENTS).to_pylist()
+    sure = {(event["frame_idx"], event["event"]): event["confidence"] for event in events}
     for row in read_table(folder / "episodes.parquet", EPISODES).to_pylist():
         inside = slice(row["start_frame"], row["end_frame"] + 1)
         episode[inside], finished[inside] = row["episode_id"], row["outcome"] != "INCOMPLETE"
+        confidence[inside] = sure.get((row["end_frame"], row["outcome"]), 1.0)
         if row["outcome"] != "INCOMPLETE" and row["start_frame"] <= row["end_frame"] - h < N:
             terminal[row["end_frame"] - h] = True
     table = read_table(folder / "returns.parquet", RETURNS)
@@ -261,6 +269,7 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         gamma=float((table.schema.metadata or {}).get(b"gamma", "nan")),
         finished=finished,
         terminal=terminal,
+        confidence=confidence,
         usable=usable,
         training=usable.copy(),
     )
@@ -871,6 +880,8 @@ def main(args: Args) -> dict:
             raise ValueError(f"--cnn-grid {args.cnn_grid} belongs to --backbone cnn, --backbone is {args.backbone}")
         if not args.q_head and (args.q_coef, args.q_tau) != (Args.q_coef, Args.q_tau):
             raise ValueError(f"--q-coef {args.q_coef:g} --q-tau {args.q_tau:g} do nothing without --q-head")
+        if not 0 <= args.confident_from <= 1:
+            raise ValueError(f"--confident-from {args.confident_from:g}: expected a confidence, 0 to 1")
         if args.bootstrap < 1:
             raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
         if args.cnn_grid < 1 or not 0 < args.q_tau <= 1:
@@ -903,7 +914,8 @@ def main(args: Args) -> dict:
         if sum(int(recording.usable.sum()) for recording in heldout) < 2:
             names = ", ".join(recording.name for recording in heldout)
             raise ValueError(f"{names}: no two held-out frames to score on. Name longer sessions with --heldout")
-        names = [f"{name}.{form}" for name in ("returns", "episodes", "inputs") for form in ("parquet", "jsonl")]
+        tables = ("returns", "episodes", "inputs") + (("events",) if args.confident_from else ())
+        names = [f"{name}.{form}" for name in tables for form in ("parquet", "jsonl")]
         data_files = [folder / name for folder in folders for name in ("recording.mp4", *names)]
         data_files = [path for path in data_files if path.exists()]
         if checkpoint:
@@ -921,9 +933,10 @@ def main(args: Args) -> dict:
     total_updates = args.max_updates or args.epochs * updates_per_epoch
     labels = {  # rows of all training recordings laid end to end
         name: torch.tensor(np.concatenate([getattr(recording, name) for recording in recordings]), dtype=torch.float32)
-        for name in ("keys", "keys_now", "returns", "rewards", "finished", "terminal", "mouse", "mouse_known")
+        for name in "keys keys_now returns rewards finished terminal confidence mouse mouse_known".split()
     }
     down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
+    least_sure = labels["confidence"].min().item()
     pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
     labels = {name: label.to(device) for name, label in labels.items()}
 
@@ -1017,6 +1030,8 @@ def main(args: Args) -> dict:
                 stacks, rows = stacks.to(device), rows.to(device)  # (B, T * 3, S, S), (B,)
                 returns, finished = labels["returns"][rows], labels["finished"][rows]  # (B,)
                 followed = (rows[1:] == rows[:-1] + 1).float()  # (B - 1,) the next row is the next frame
+                bar = least_sure + (args.confident_from - least_sure) * max(0.0, 1 - 2 * update / total_updates)
+                sure = (labels["confidence"][rows] >= bar).float()  # (B,) of an episode to learn from by now
                 if args.random_shift:
                     stacks = random_shift(stacks, args.random_shift)
 
@@ -1027,14 +1042,14 @@ def main(args: Args) -> dict:
                     if args.inv_dyn_weight:
                         inverse = network.inverse_dynamics(features[:-1], features[1:])  # (B - 1, K)
                 logits, mouse_xy, value = logits.float(), mouse_xy.float(), value.float()
-                q_penalty, known = 0.0, finished  # (B,) where the return is known
+                q_penalty, known = 0.0, finished * sure  # (B,) where the return is known
                 if args.q_head:  # what is to come after a terminal row is in its return
                     terminal, keys_held = labels["terminal"][rows], labels["keys"][rows]  # (B,), (B, K)
                     rewards = torch.where(terminal > 0, returns, labels["rewards"][rows])
                     next_value = gamma * F.pad(value[1:].detach(), (0, 1)) * (1 - terminal)
                     q = network.q_head(features.float(), keys_held)  # (2, B)
-                    q_penalty = q_loss(q, rewards, next_value, torch.maximum(terminal, F.pad(followed, (0, 1))))
-                    returns, known = target_q(features.float(), keys_held).amin(0).detach(), torch.ones_like(returns)
+                    q_penalty = q_loss(q, rewards, next_value, sure * torch.maximum(terminal, F.pad(followed, (0, 1))))
+                    returns, known = target_q(features.float(), keys_held).amin(0).detach(), sure
                 advantage = (returns - value).detach()  # (B,)
                 running = update_running(running, advantage, known)
                 weights = torch.ones_like(advantage)
@@ -1043,7 +1058,7 @@ def main(args: Args) -> dict:
                         advantage, running, args.iql_adv_temperature, args.iql_adv_clip, args.iql_adv_normalizer
                     )
                     weights = torch.where(known > 0, weights, 1.0)  # an unfinished episode's return is not known
-                policy_loss = keys_loss(logits, labels["keys"][rows], weights, pos_weight)
+                policy_loss = keys_loss(logits, labels["keys"][rows], sure * weights, pos_weight)
                 value_loss = expectile_loss(returns, value, args.iql_expectile, known)
                 pointer_loss = mouse_loss(mouse_xy, labels["mouse"][rows], labels["mouse_known"][rows])
                 loss = policy_loss + args.value_coef * value_loss + args.mouse_coef * pointer_loss
@@ -1084,6 +1099,8 @@ def main(args: Args) -> dict:
                     }
                     if args.inv_dyn_weight:
                         scalars["train/inv_dyn_loss"] = inverse_loss.item()
+                    if args.confident_from:
+                        scalars["train/confident_frac"] = sure.mean().item()
                     if args.q_head:
                         scalars |= {"train/q_loss": q_penalty.item(), "train/q_mean": q.mean().item()}
                     for name, scalar in scalars.items():

@@ -1,8 +1,8 @@
 """Label recorded sessions: deaths, squished enemies and wins, which frames are one attempt, what followed each frame.
 
 Deaths and squished enemies are found by matching the game's sprites with every frame (masked zero-mean NCC, from coarse
-to fine), wins by the marker key that the player pressed. An episode ends at a death or a win; its frames get discounted
-returns.
+to fine), wins by the marker key that the player pressed: --game names the file that says so of a game. An episode ends
+at a death or a win; its frames get discounted returns.
 
     python precompute_labels.py --data-dir sample_dataset
 
@@ -41,7 +41,8 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import files, review, scrolling, truth
+from session_labels import calibration, files, review, scrolling, truth
+from session_labels.game import Game, Rule, load_game
 from session_labels.review import Override
 from session_labels.sprites import (
     Roi,
@@ -56,23 +57,18 @@ from session_labels.sprites import (
 )
 from session_labels.workers import on_cluster, side_by_side
 
-INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
-SPRITES = {
-    "DEATH": ["creatures/tux/small/gameover-0.png", "creatures/tux/small/gameover-1.png"],  # big Tux dies with them too
-    "ATTACK": ["creatures/snowball/squished-left.png", "creatures/snowball/mrs-squished-left.png"],
-}
-SQUISHED_S = 2.0  # a squished enemy stays this long, then it is gone
-STAYS_MS = 2200  # what is seen for longer than this is two on one place
+LONGER = 1.1  # times as long as it stays: what is seen for longer than this is two on one place
 MARGIN_MS = 1000  # a win key pressed this far outside the video's time still belongs to its first or last frame
-CAMERA_SPEED = 600.0  # pixels per second by which its speed may differ from one frame to the next
 
 
 @dataclass
 class Args:
     data_dir: Path = Path("dataset")
     """folder of sessions (run_*), or one session"""
+    game: Path = Path(__file__).parent / "supertux_env" / "supertux.toml"
+    """TOML file that says which sprites to look for, what they tell, and which key marks a win"""
     sprites: Path | None = None
-    """folder that holds creatures/; None: the installed SuperTux's images, else sprites/ in data_dir or beside it"""
+    """folder of the game's sprites; None: that of the game's file, else sprites/ in data_dir or beside it"""
     device: str = "auto"
     """where sprites are matched: auto, cpu or cuda[:n]"""
     overwrite: bool = False
@@ -94,37 +90,42 @@ class Args:
 
     detect_events: bool = True
     """search the video for sprites; without, only wins are found"""
-    sprite_threshold: float = 0.85
-    """score, 0 to 1, from which a place shows a sprite"""
+    sprite_threshold: float | None = None
+    """score, 0 to 1, from which a place shows a sprite; None: as the game's file says"""
     death_threshold: float | None = None
     """that score for the sprites of deaths; None: sprite_threshold"""
     attack_threshold: float | None = None
     """that score for the sprites of squished enemies; None: sprite_threshold"""
     template_thresholds: tuple[str, ...] = ()
-    """that score for single sprites, NAME=SCORE each, such as squished-left=0.9; beats the three above"""
-    sprite_scales: tuple[str, ...] = ("auto",)
-    """size of the sprites in the recording, 1 as SuperTux draws them in windows of 640x480 to 1368x800; auto finds it
-    in every recording, several are all searched"""
+    """that score for single sprites, NAME=SCORE each, such as squished-left=0.9; beats the three above and those
+    of the game's file"""
+    event_free: tuple[str, ...] = ()
+    """footage without events: sessions, FOLDER:FIRST-LAST for some frames of one, folders of sessions, or truth for all
+    that --truth tells none of. A sprite that scores there gets a higher threshold or is dropped, in thresholds.toml of
+    data_dir, which counts from then on"""
+    sprite_scales: tuple[str, ...] = ()
+    """size of the sprites in the recording, 1 as drawn; auto finds it in every recording, several are all searched;
+    empty: as the game's file says"""
     roi: tuple[int, int, int, int] | None = None
     """region of interest X Y W H, left, top, width and height in pixels of the recording: only there are sprites
     looked for; None: everywhere"""
     event_stride: int = 1
     """look at every n-th frame, 1 or more; a death shows for 1.5 s, a squished enemy for 2 s"""
-    death_min_gap_s: float = 2.5
-    """seconds within which a second sighting is the same death; SuperTux needs 3 s to restart"""
-    win_key: str = WIN_KEY
-    """evdev name of the key that marks a win"""
-    win_key_min_presses: int = 1
-    """presses within --win-key-window-s that make a win"""
-    win_key_window_s: float = 2.0
-    """seconds in which these presses come"""
-    win_key_cooldown_s: float = 30.0
-    """seconds after a win in which there is no other"""
+    death_min_gap_s: float | None = None
+    """seconds within which a second sighting is the same death; None: as the game's file says"""
+    win_key: str | None = None
+    """evdev name of the key that marks a win; None: as the game's file says"""
+    win_key_min_presses: int | None = None
+    """presses within --win-key-window-s that make a win; None: as the game's file says"""
+    win_key_window_s: float | None = None
+    """seconds in which these presses come; None: as the game's file says"""
+    win_key_cooldown_s: float | None = None
+    """seconds after a win in which there is no other; None: as the game's file says"""
 
     min_event_confidence: float = 0.0
     """events less sure than this are in events.parquet, but end no episode and bring no reward; 0 to 1"""
-    respawn_gap_s: float = 3.0
-    """seconds after a death or win that belong to no episode"""
+    respawn_gap_s: float | None = None
+    """seconds after a death or win that belong to no episode; None: as the game's file says"""
     death_reward: float = -1.0
     """reward on the frame of a death"""
     win_reward: float = 1.0
@@ -215,21 +216,24 @@ class Track:
     seen: list[Sighting]
 
 
-def attack_groups(sightings: list[Sighting], times: np.ndarray) -> list[list[Sighting]]:
-    """The sightings of each squished enemy. Frame `times` (N,) in ms.
+def attack_groups(
+    sightings: list[Sighting], times: np.ndarray, stays_s: float, camera_speed: float
+) -> list[list[Sighting]]:
+    """The sightings of each squished enemy, which lies there for `stays_s`. Frame `times` (N,) in ms.
 
     In each frame the camera's step is the one that most tracks agree on, and of these the nearest to the last step.
     A sighting where no track is now begins a track.
     """
     tracks: list[Track] = []
+    longest = LONGER * 1000 * stays_s
     velocity, before = np.zeros(2), int(times[0])  # of the tracks on the screen, pixels per second; ms
     for frame, group in groupby(sightings, key=lambda s: s.frame):
         seen, now = list(group), int(times[frame])
-        alive = [k for k in tracks if now - k.first <= STAYS_MS or now - k.last <= 300]
+        alive = [k for k in tracks if now - k.first <= longest or now - k.last <= 300]
         seconds = max(0.001, (now - before) / 1000)
         expected = velocity * seconds
         pairs = np.array([(s.y - k.y, s.x - k.x) for k in alive for s in seen if s.sprite == k.sprite]).reshape(-1, 2)
-        possible = pairs[np.abs(pairs - expected).max(axis=1) <= CAMERA_SPEED * seconds]  # (p, 2)
+        possible = pairs[np.abs(pairs - expected).max(axis=1) <= camera_speed * seconds]  # (p, 2)
         step = expected
         if len(possible):
             votes = (np.abs(possible[:, None] - possible).max(axis=2) <= 6).sum(axis=1)
@@ -304,28 +308,54 @@ def episode_rewards(
     return rewards
 
 
+def persists(group: list[Sighting], rule: Rule, n_frames: int, stride: int, overrides: Sequence[Override]) -> bool:
+    """Whether a thing is seen often enough, from its first frame on, or a person says that it is there. Where the
+    recording ends before, every frame that is left has to show it."""
+    first = group[0].frame
+    frames = {s.frame for s in group if s.frame < first + rule.of_frames * stride}
+    least = min(rule.min_sightings, 1 + (n_frames - 1 - first) // stride)
+    return len(frames) >= least or any(review.is_judged(s, overrides, accepted=True) for s in group)
+
+
+def split_chains(sightings: list[Sighting], times: np.ndarray, stride: int) -> list[list[Sighting]]:
+    """The sightings of each thing, as far as it can have moved from one frame to the next. Frame `times` (N,) in ms."""
+    chains = []
+    while sightings:
+        chains.append(review.follow(sightings[0], sightings, times, stride))
+        taken = {id(s) for s in chains[-1]}
+        sightings = [s for s in sightings if id(s) not in taken]
+    return chains
+
+
 def sprite_groups(
-    args: Args, event: str, sightings: list[Sighting], times: np.ndarray, overrides: Sequence[Override] = ()
+    args: Args, rule: Rule, sightings: list[Sighting], times: np.ndarray, overrides: Sequence[Override] = ()
 ) -> list[list[Sighting]]:
-    """The sightings of each death or squished enemy, as `event` says, without what a person has rejected."""
-    if event == "ATTACK":
-        return review.without_rejected(attack_groups(sightings, times), overrides)
-    deaths = death_groups(sightings, times, args.death_min_gap_s, args.event_stride)
+    """The sightings of each event, as its `rule` says, without what a person has rejected."""
+    if rule.rule == "track":
+        tracks = attack_groups(sightings, times, rule.stays_s, rule.camera_speed)
+        tracks = [track for track in tracks if persists(track, rule, len(times), args.event_stride, overrides)]
+        return review.without_rejected(tracks, overrides)
+    if rule.min_sightings > 1:
+        chains = split_chains(sightings, times, args.event_stride)
+        chains = [chain for chain in chains if persists(chain, rule, len(times), args.event_stride, overrides)]
+        sightings = sorted((s for chain in chains for s in chain), key=lambda s: s.frame)
+    deaths = death_groups(sightings, times, rule.min_gap_s, args.event_stride)
     together = partial(review.follow, times=times, stride=args.event_stride)
     return review.without_rejected(deaths, overrides, together)
 
 
-def group_events(event: str, groups: list[list[Sighting]], times: np.ndarray) -> list[tuple[int, float]]:
-    """Deaths or squished enemies, as `event` says, as (frame first seen, peak score). Frame `times` (N,) in ms.
+def group_events(rule: Rule, groups: list[list[Sighting]], times: np.ndarray) -> list[tuple[int, float]]:
+    """Groups of sightings as (frame first seen, peak score). Frame `times` (N,) in ms.
 
-    Enemies that are seen for longer than STAYS_MS are two on one place, the second SQUISHED_S before the end.
+    Tracked things that are seen for LONGER than they stay are two on one place, the second began that long before the
+    end.
     """
     events = []
     for group in groups:
         first, last, peak = times[group[0].frame], times[group[-1].frame], max(s.score for s in group)
         events.append((group[0].frame, peak))
-        if event == "ATTACK" and last - first > STAYS_MS:
-            events.append((int(np.searchsorted(times, last - SQUISHED_S * 1000)), peak))
+        if rule.rule == "track" and last - first > LONGER * 1000 * rule.stays_s:
+            events.append((int(np.searchsorted(times, last - rule.stays_s * 1000)), peak))
     return sorted(events)
 
 
@@ -337,9 +367,9 @@ def sprite_events(
     times: np.ndarray,
     overrides: Sequence[Override] = (),
 ) -> list[tuple[int, float]]:
-    """Deaths or squished enemies, as `event` says, that the `detections` show: (frame first seen, peak score)."""
-    sightings = find_sightings(detections, sprites, event)
-    return group_events(event, sprite_groups(args, event, sightings, times, overrides), times)
+    """The events of one kind that the `detections` show: (frame first seen, peak score)."""
+    rule, sightings = sprites.rules[event], find_sightings(detections, sprites, event)
+    return group_events(rule, sprite_groups(args, rule, sightings, times, overrides), times)
 
 
 def episodes_and_returns(
@@ -364,35 +394,53 @@ def episodes_and_returns(
 # --- Sessions ---
 
 
+def as_game_says(args: Args, game: Game) -> Args:
+    """`args` with what the game's file says in place of flags that are not given. Raises ValueError for a flag of an
+    event that no sprite of the game tells."""
+    for name, event in (("death_threshold", "DEATH"), ("death_min_gap_s", "DEATH"), ("attack_threshold", "ATTACK")):
+        if getattr(args, name) is not None and event not in game.rules:
+            raise ValueError(f"--{name.replace('_', '-')}: {args.game} has no sprites of {event}. Leave the flag out")
+    said = {"sprite_threshold": game.sprite_threshold, "respawn_gap_s": game.respawn_gap_s}
+    said |= {"death_min_gap_s": game.rules["DEATH"].min_gap_s if "DEATH" in game.rules else None}
+    said |= {f"win_{key}": value for key, value in game.win.items()}
+    said = {name: value for name, value in said.items() if getattr(args, name) is None}
+    return replace(args, sprite_scales=args.sprite_scales or game.sprite_scales, **said)
+
+
 def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     """The sprites of every event at all `scales`, from the first folder that has them all, with their thresholds.
 
     Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
     """
-    folders = [args.sprites] if args.sprites is not None else [INSTALLED_SPRITES, args.data_dir / "sprites"]
+    game = load_game(args.game)
+    args, rules = as_game_says(args, game), game.rules
+    folders = [args.sprites] if args.sprites is not None else [*game.folders, args.data_dir / "sprites"]
     if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
         folders.append(args.data_dir.parent / "sprites")
-    missing = {f: [p for paths in SPRITES.values() for p in paths if not (f / p).exists()] for f in folders}
+    paths = [path for rule in rules.values() for path in rule.sprites]
+    missing = {f: [path for path in paths if not (f / path).exists()] for f in folders}
     folder = next((f for f in folders if not missing[f]), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no sprites: {' and '.join(str(f / paths[0]) for f, paths in missing.items())} do not exist. Install the "
-            "game (apt-get install supertux-data), or name its folder of images: --sprites FOLDER"
+            f"no sprites: {' and '.join(str(f / paths[0]) for f, paths in missing.items())} do not exist. "
+            f"{game.missing}, or name its folder of images: --sprites FOLDER"
         )
-    names, single = [Path(p).stem for paths in SPRITES.values() for p in paths], {}
+    names, single = [Path(path).stem for path in paths], dict(game.template_thresholds)
     for word in args.template_thresholds:
         name, _, score = word.partition("=")
         if name not in names or not re.fullmatch(r"\d*\.?\d+", score):
             raise ValueError(f"--template-thresholds {word}: expected NAME=SCORE with NAME one of {', '.join(names)}")
         single[name] = float(score)
     banks, kinds, events, sizes, thresholds = [], [], [], [], []
-    for event, threshold in (("DEATH", args.death_threshold), ("ATTACK", args.attack_threshold)):
+    of_event = {"DEATH": args.death_threshold, "ATTACK": args.attack_threshold}
+    for event, rule in rules.items():
+        threshold = args.sprite_threshold if of_event.get(event) is None else of_event[event]
         for scale in scales:
-            bank = load_sprites([folder / path for path in SPRITES[event]], scale, mirror=event == "ATTACK")
+            bank = load_sprites([folder / path for path in rule.sprites], scale, rule.mirror, rule.alpha)
             bank.names = [name.removeprefix(f"{folder}/") for name in bank.names]
             for name in bank.names:
                 stem = Path(name.removesuffix(" mirrored")).stem
-                thresholds.append(single.get(stem, args.sprite_threshold if threshold is None else threshold))
+                thresholds.append(single.get(stem, threshold))
                 if not 0 < thresholds[-1] <= 1:
                     raise ValueError(
                         f"the threshold of {stem} is {thresholds[-1]}, expected a score above 0, at most 1"
@@ -403,14 +451,19 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
             banks.append(bank)
             events += [event] * len(bank.names)
             sizes += [scale] * len(bank.names)
+    if "DEATH" in rules:
+        rules["DEATH"].min_gap_s = args.death_min_gap_s
     bank, thresholds = join(*banks), np.array(thresholds)
-    return Sprites(make_finder(bank, kept_from(thresholds)), bank.names, kinds, events, sizes, thresholds, folder)
+    finder = make_finder(bank, kept_from(thresholds))
+    return Sprites(finder, bank.names, kinds, events, sizes, thresholds, folder, rules)
 
 
 def label_metadata(args: Args, session: Session, n_frames: int) -> dict[str, str]:
     """What the labels were made from and with. `recording_*` tell whether they still belong to the recording."""
     gamma = args.gamma if args.half_life_s is None else gamma_from_half_life(args.half_life_s, session.fps)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"gamma": gamma, "fps": session.fps}
+    game = load_game(args.game)
+    settings |= {"game": game.name, "game_digest": game.digest}
     recording = files.recording_of(session.folder, n_frames)
     overrides = review.load_overrides(session.folder, recording) if args.detect_events else []
     return {k: str(v) for k, v in (settings | recording | review.used(overrides)).items()}
@@ -466,6 +519,31 @@ def detect(
     return sprites, detections
 
 
+def calibrate(args: Args, device: str, path: Path) -> tuple[str, ...]:
+    """NAME=SCORE of each sprite that scores too high in footage without events, also written to `path` with the why."""
+    peaks, count = {}, 0
+    for footage in calibration.find_footage(args.event_free, args.data_dir, args.truth):
+        session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4")
+        n = min(session.n_frames, reader.n_frames)
+        quiet = footage.frames(session.timestamps[:n])  # (n,)
+        sprites, detections = detect(args, session, reader, device, label_metadata(args, session, n))
+        calibration.add_peaks(peaks, session.name, detections, sprites, quiet)
+        count += int(quiet.sum())
+    if count == 0:
+        raise ValueError(f"--event-free {' '.join(args.event_free)} names no frame without an event. Name more footage")
+    sprites = load_all_sprites(args)
+    thresholds = dict(zip(map(calibration.stem, sprites.kinds), sprites.thresholds, strict=True))
+    chosen = calibration.choose_thresholds(thresholds, peaks)
+    game = load_game(args.game)
+    calibration.write_thresholds(path, chosen, f"{game.name} {game.digest}: from {count} frames without an event")
+    for name, threshold in thresholds.items():
+        most = f"{peaks[name].score:.3f} at most" if name in peaks else f"less than {kept_from(threshold):g}"
+        score, reason = chosen.get(name, (threshold, f"stays: scores {most}"))
+        print(f"{name}: threshold {score:g}, {reason}")
+    print(f"{path}: from {count} frames without an event; it counts from now on, take it away to do without")
+    return tuple(f"{name}={score:g}" for name, (score, _) in chosen.items())
+
+
 def judged(
     args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
 ) -> tuple[Sprites, list[Sighting], list[Override]]:
@@ -482,9 +560,9 @@ def find_cards(args: Args, session: Session, reader: VideoReader, device: str, m
 
     def groups_at(less: float, decided: Sequence[Override]) -> list[list[Sighting]]:
         lower, groups = replace(sprites, thresholds=sprites.thresholds - less), []
-        for event in SPRITES:
+        for event, rule in sprites.rules.items():
             seen = find_sightings(detections, lower, event)
-            groups += sprite_groups(args, event, seen, session.timestamps, decided)
+            groups += sprite_groups(args, rule, seen, session.timestamps, decided)
         return groups
 
     return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
@@ -496,7 +574,7 @@ def scroll(args: Args, session: Session, reader: VideoReader, device: str, metad
     if args.progress_reward == 0:
         return None
     found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
-    width = scrolling.SPRITE * [*found, *read_scales(args.sprite_scales), 1.0][0]
+    width = load_game(args.game).sprite_width * [*found, *read_scales(args.sprite_scales), 1.0][0]
     n = int(metadata["recording_frames"])
     return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
 
@@ -528,22 +606,23 @@ def search_at_once(args: Args, device: str, folders: list[Path]) -> tuple[set[Pa
 
 def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
     """Find events, episodes and returns of one session and write them."""
-    n, deaths, attacks = int(metadata["recording_frames"]), [], []
+    n, events = int(metadata["recording_frames"]), []
     times = session.timestamps[:n]  # (n,) ms
     if args.detect_events:
         sprites, detections, overrides = judged(args, session, reader, device, metadata)
-        deaths, attacks = (sprite_events(args, name, detections, sprites, times, overrides) for name in SPRITES)
+        for name in sprites.rules:
+            found = sprite_events(args, name, detections, sprites, times, overrides)
+            events += [(frame, name, peak) for frame, peak in found]
     presses = [
         row["timestamp"]
         for row in session.inputs.to_pylist()
-        if row["key_name"] in (args.win_key, f"Key({args.win_key})") and row["state"] == "down"
+        if args.win_key and row["key_name"] in (args.win_key, f"Key({args.win_key})") and row["state"] == "down"
         if times[0] - MARGIN_MS <= row["timestamp"] <= times[-1] + MARGIN_MS  # what was won is in the video
     ]
     wins = win_events(
         np.array(presses), times, args.win_key_min_presses, args.win_key_window_s, args.win_key_cooldown_s
     )
-    events = [(frame, "DEATH", peak) for frame, peak in deaths] + [(frame, "WIN", 1.0) for frame in wins]
-    events = sorted(events + [(frame, "ATTACK", peak) for frame, peak in attacks])
+    events = sorted(events + [(frame, "WIN", 1.0) for frame in wins])
     sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
     steps = scroll(args, session, reader, device, metadata)
     episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), steps, sure, times)
@@ -585,6 +664,8 @@ def other_thresholds(args: Args, folder: Path, times: np.ndarray, metadata: dict
         return None
 
     def find_at(event: str, threshold: float) -> list[int]:
+        if event not in sprites.rules:
+            return []
         at = replace(sprites, thresholds=np.full(len(sprites.names), threshold))
         return [frame for frame, _ in sprite_events(args, event, detections, at, times)]
 
@@ -604,14 +685,19 @@ def main(args: Args) -> dict:
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 1 or more")
     if args.ray_address is not None and args.num_workers > 1:
         raise SystemExit(f"--num-workers {args.num_workers}: leave it out, --ray-address takes all CPUs of the cluster")
-    if args.win_key not in KEY_CODES:
+    try:
+        args = as_game_says(args, load_game(args.game))
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    if args.win_key is not None and args.win_key not in KEY_CODES:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
         )
     if args.review < 0:
         raise SystemExit(f"--review is {args.review}, expected 0 or more")
-    if (args.review or args.overrides) and not args.detect_events:
-        raise SystemExit("--no-detect-events looks for no sprites: leave it out, or --review and --overrides")
+    if (args.review or args.overrides or args.event_free) and not args.detect_events:
+        flags = "--review, --overrides and --event-free"
+        raise SystemExit(f"--no-detect-events looks for no sprites: leave it out, or {flags}")
     if args.roi and (min(args.roi[:2]) < 0 or min(args.roi[2:]) < 1):
         given = " ".join(map(str, args.roi))
         raise SystemExit(f"--roi {given}: expected X and Y of 0 or more, W and H of 1 or more")
@@ -631,6 +717,12 @@ def main(args: Args) -> dict:
             review.import_overrides(
                 args.overrides, args.data_dir, folders, dict(zip(drawn.kinds, drawn.events, strict=True))
             )
+            path, single = calibration.thresholds_file(args.data_dir), args.template_thresholds
+            if args.event_free:
+                single = (*single, *calibrate(args, device, path))  # the last of a name counts
+            else:
+                single = (*calibration.read_thresholds(path, set(map(calibration.stem, drawn.kinds))), *single)
+            args = replace(args, template_thresholds=single)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 

@@ -58,7 +58,7 @@ def make_bank(names: list[str], greys: list[np.ndarray], masks: list[np.ndarray]
     bank = Bank(list(names), [], [], [])
     for name, grey, mask in zip(names, greys, masks, strict=True):
         if not mask.any():
-            raise ValueError(f"{name}: no pixel has an alpha above 0.5, so nothing can match. Leave this file out.")
+            raise ValueError(f"{name}: no pixel has an alpha high enough, so nothing can match. Leave this file out.")
         opaque = grey[mask].astype(np.float64)  # (n,)
         if opaque.std() < 1:
             raise ValueError(
@@ -76,11 +76,11 @@ def make_bank(names: list[str], greys: list[np.ndarray], masks: list[np.ndarray]
     return bank
 
 
-def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: bool = False) -> Bank:
+def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: bool = False, alpha: float = 0.5) -> Bank:
     """A bank from RGBA png files, or from all png files of a folder. Grey is BT.601.
 
     `scale`: size of a sprite in the searched frames; 0.5, for frames of half the recorded size, costs a quarter of 1
-    and still separates deaths. `mirror` adds each sprite looking the other way.
+    and still separates deaths. `mirror` adds each sprite looking the other way. Pixels more opaque than `alpha` count.
     """
     if isinstance(paths, (str, Path)):
         folder, paths = Path(paths), sorted(Path(paths).glob("*.png"))
@@ -94,7 +94,7 @@ def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: boo
         canvas = Image.new("RGBA", (round(w / scale), round(h / scale)))  # so that an odd size is scaled exactly, too
         canvas.paste(image)
         rgba = np.asarray(canvas.resize((w, h), Image.BILINEAR))  # (h, w, 4), antialiased like the frames
-        grey, mask = rgba[..., :3] @ np.array([0.299, 0.587, 0.114]), rgba[..., 3] > 127  # (h, w) each
+        grey, mask = rgba[..., :3] @ np.array([0.299, 0.587, 0.114]), rgba[..., 3] > 255 * alpha  # (h, w) each
         names, greys, masks = names + [str(path)], greys + [grey], masks + [mask]
         if mirror:
             names, greys, masks = names + [f"{path} mirrored"], greys + [grey[:, ::-1]], masks + [mask[:, ::-1]]

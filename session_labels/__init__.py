@@ -1,1 +1,2 @@
-"""Parts of precompute_labels.py: sprites, files, a person's review, scrolling, and the comparison with the truth."""
+"""Parts of precompute_labels.py: games, sprites, files, a person's review, scrolling, the comparison with the
+truth."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from common.template_matching import Finder, find
 from common.video import VideoReader, grey, iter_frames
+from session_labels.game import Rule
 
 KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to choose another threshold by
 SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
@@ -30,6 +31,7 @@ class Sprites:
     scales: list[float]  # T
     thresholds: np.ndarray  # (T,) scores
     folder: Path  # of their pictures
+    rules: dict[str, Rule]  # by event
 
 
 @dataclass

@@ -219,7 +219,7 @@ def of_sprites(sessions: list[Compared], event: str, what: str) -> set[float]:
 def threshold_curve(sessions: list[Compared], event: str) -> list[dict]:
     """Rows of CURVES: what would be found from the lowest score that all sessions have kept, up to 1."""
     sessions = [session for session in sessions if session.thresholds is not None]
-    if not sessions:
+    if not of_sprites(sessions, event, "kept"):
         return []
     least = max(of_sprites(sessions, event, "kept"))
     grid = {least} | {k / 100 for k in range(math.ceil(least * 100), 101)} | of_sprites(sessions, event, "chosen")

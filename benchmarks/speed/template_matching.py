@@ -110,7 +110,7 @@ def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
     def events(stride: int) -> dict:
         seen, options = [d for d in all_found if d.frame % stride == 0], precompute_labels.Args(event_stride=stride)
         found = {}
-        for name in precompute_labels.SPRITES:
+        for name in sprites.rules:
             found[name] = [f for f, _ in precompute_labels.sprite_events(options, name, seen, sprites, times)]
         return found
 

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import iql_reflex
 from common.runs import load_checkpoint
-from common.sessions import key_table, load_session
+from common.sessions import EVENTS, key_table, load_session, write_table
 from tests.synthetic import write_session
 
 ROOT = Path(iql_reflex.__file__).parent
@@ -253,6 +253,32 @@ def test_only_batch_mean_on_sequential_batches_cancels_the_advantage(tmp_path, s
         assert right - left > 0.25
 
 
+def test_doubtful_episodes_wait_for_the_bar_to_fall(tmp_path):
+    """One sure and one doubtful session; how the doubtful one ended must not matter while the bar is above it."""
+
+    def train(outcome, **changes):
+        data = tmp_path / outcome
+        if not data.exists():
+            for name, ending in (("run_sure", "WIN"), ("run_doubtful", outcome), ("heldout", "WIN")):
+                write_session(data / name, 60, outcome=ending)
+            row = {"frame_idx": [59], "event": [outcome], "confidence": [0.5]}
+            write_table(data / "run_doubtful" / "events.parquet", row, EVENTS)
+        options = SMALL | {"val_fraction": 0.0, "log_every": 1, "run_root": str(tmp_path)} | changes
+        return Path(iql_reflex.main(iql_reflex.Args(data_dir=str(data), **options))["run_dir"])
+
+    def learnt(outcome, **changes):
+        return load_checkpoint(train(outcome, max_updates=1, **changes) / "last.pt")["model"]
+
+    def same(one, other):
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    assert same(learnt("WIN", confident_from=0.9), learnt("DEATH", confident_from=0.9))
+    assert not same(learnt("WIN"), learnt("DEATH"))
+    assert not same(learnt("WIN", confident_from=0.5), learnt("DEATH", confident_from=0.5)), "as sure as is asked"
+    scalars = tensorboard(train("DEATH", max_updates=8, confident_from=0.9)).Scalars("train/confident_frac")
+    assert [s.value < 1 for s in scalars] == [True] * 4 + [False] * 4, "from 0.9 to 0.5 in four updates"
+
+
 def test_environment_sets_defaults_below_the_flags(dataset, tmp_path):
     code = "import tyro, iql_reflex as q; a = tyro.cli(q.Args, args=q.runs.cli_words(q.Args, 'REFLEX_TRAIN_')); "
     code += "print(a.epochs, a.lr, a.use_awr, a.compile_model)"
@@ -281,6 +307,7 @@ def test_errors_name_the_file_and_the_mend(dataset, tmp_path):
     fails("--bootstrap 0", bootstrap=0)
     fails("--action-horizon -1 .* expected 0 or more", action_horizon=-1)
     fails("--val-fraction 2 .* 0 to 0.5", val_fraction=2)
+    fails("--confident-from 9: expected a confidence", confident_from=9.0)
     fails("--cnn-grid 0 --q-tau 0.005: expected 1 or more", cnn_grid=0)
     fails("--cnn-grid 7 belongs to --backbone cnn", cnn_grid=7, backbone="resnet18")
     fails("--q-coef 2 --q-tau 0.005 do nothing without --q-head", q_coef=2.0)

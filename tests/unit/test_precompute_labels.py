@@ -46,6 +46,7 @@ from precompute_labels import (
     win_events,
 )
 from session_labels.files import write_labels
+from session_labels.game import load_game
 from session_labels.workers import side_by_side
 from tests.reference import specified_returns
 from tests.synthetic import write_session
@@ -121,8 +122,10 @@ def test_returns_of_an_episode_are_the_specified_ones(outcome, bonus, attacks):
     np.testing.assert_allclose(discounted_returns(rewards, 0.97), expected, rtol=1e-12, atol=1e-15)
 
 
-def made_events(event, seen, times, **changes):
-    return group_events(event, sprite_groups(Args(**changes), event, seen, times), times)
+def made_events(event, seen, times, min_gap_s=2.5, min_sightings=1, of_frames=1, **changes):
+    rule = load_game(Args.game).rules[event]
+    rule.min_gap_s, rule.min_sightings, rule.of_frames = min_gap_s, min_sightings, of_frames
+    return group_events(rule, sprite_groups(Args(**changes), rule, seen, times), times)
 
 
 # --- deaths ---
@@ -130,7 +133,7 @@ def made_events(event, seen, times, **changes):
 
 def deaths(scores, fps=10, min_gap_s=2.5, threshold=0.85):
     seen = [Sighting(i, "DEATH", 0, score, 0, 0) for i, score in enumerate(scores) if score >= threshold]
-    return made_events("DEATH", seen, times_at(fps, len(scores)), death_min_gap_s=min_gap_s)
+    return made_events("DEATH", seen, times_at(fps, len(scores)), min_gap_s)
 
 
 def test_death_is_the_first_sighting_with_the_peak_as_confidence():
@@ -155,7 +158,7 @@ def test_picture_that_stays_is_one_death():
     assert len(deaths(np.full(200, 0.9))) == 1
     assert deaths(np.full(200, 0.84)) == []
     seen = [Sighting(i, "DEATH", i // 5 % 2, 0.9, 0, 0) for i in range(0, 200, 5)]  # every fifth frame was looked at
-    assert len(made_events("DEATH", seen, times_at(10, 200), death_min_gap_s=0.3, event_stride=5)) == 1
+    assert len(made_events("DEATH", seen, times_at(10, 200), min_gap_s=0.3, event_stride=5)) == 1
 
 
 # --- squished enemies ---
@@ -216,6 +219,42 @@ def test_a_second_enemy_after_the_first_is_gone_is_a_second_event():
 def test_confidence_of_an_attack_is_its_peak():
     seen = [Sighting(i, "ATTACK", 0, score, 0, 0) for i, score in ((3, 0.9), (4, 0.97), (5, 0.88))]
     assert made_events("ATTACK", seen, times_at(10, 9)) == [(3, 0.97)]
+
+
+# --- what is seen too seldom ---
+
+
+def test_what_does_not_stay_is_no_death_and_hides_none():
+    """A cloud flashes shortly before Tux dies, elsewhere: alone it would take the death with it."""
+    cloud = [Sighting(i, "DEATH", 0, 0.9, 10.0, 400.0) for i in (20, 35)]
+    tux = [Sighting(i, "DEATH", 0, 0.95, 300.0 - 12 * i, 100.0) for i in (30, 31, 33, 34, 36, 37)]  # flickers, flies up
+    seen = sorted(cloud + tux, key=lambda s: s.frame)
+    assert made_events("DEATH", seen, times_at(10, 90)) == [(20, 0.95)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=2, of_frames=3) == [(30, 0.95)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=3, of_frames=3) == []
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=3, of_frames=4) == [(30, 0.95)]
+
+
+def test_what_jumps_about_is_no_thing_that_stays():
+    seen = [Sighting(i, "DEATH", 0, 0.9, 200.0, 600.0 * (i % 2)) for i in range(20, 30)]
+    assert made_events("DEATH", seen, times_at(10, 90), min_sightings=2, of_frames=2) == []
+    assert made_events("DEATH", seen[::2], times_at(10, 90), min_sightings=2, of_frames=3) == [(20, 0.9)]
+
+
+def test_squished_enemy_that_is_seen_once_is_none():
+    camera = np.arange(80) * 3
+    seen = [Sighting(i, "ATTACK", 0, 0.9, 400.0, float(300 - camera[i])) for i in range(10, 30)]
+    flash = [Sighting(15, "ATTACK", 0, 0.9, 100.0, 500.0)]
+    both = sorted(seen + flash, key=lambda s: s.frame)
+    frames = [f for f, _ in made_events("ATTACK", both, times_at(10, 80))]
+    assert frames == [10, 15]
+    strict = {"min_sightings": 3, "of_frames": 5}
+    assert [f for f, _ in made_events("ATTACK", both, times_at(10, 80), **strict)] == [10]
+    late = [Sighting(i, "ATTACK", 0, 0.9, 400.0, 100.0) for i in (78, 79)]
+    assert len(made_events("ATTACK", late, times_at(10, 80), **strict)) == 1, "the recording ends there"
+    assert made_events("ATTACK", late[:1], times_at(10, 80), **strict) == []
+    apart = [s for s in seen if s.frame % 4 == 0]  # frames 12, 16, ... were looked at
+    assert len(made_events("ATTACK", apart, times_at(10, 80), **strict, event_stride=4)) == 1
 
 
 # --- wins ---
@@ -878,12 +917,13 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
 
 
 def test_sprites_beside_the_data_are_used_where_the_game_is_missing(dataset, monkeypatch):
-    monkeypatch.setattr(precompute_labels, "INSTALLED_SPRITES", dataset / "not_installed")
-    main(arguments(dataset, sprites=None))
+    game = dataset / "game.toml"
+    game.write_text(Args.game.read_text().replace("/usr/share/games/supertux2/images", "not_installed"))
+    main(arguments(dataset, sprites=None, game=game))
     assert len(read_table(dataset / "run_a" / "events.parquet", EVENTS)) == 3
     monkeypatch.chdir(dataset / "run_a")
     for one_session in (dataset / "run_a", Path(".")):
-        result = main(arguments(one_session, sprites=None, overwrite=True))
+        result = main(arguments(one_session, sprites=None, overwrite=True, game=game))
         assert result["sessions"]["run_a"]["DEATH"] == 2
 
 

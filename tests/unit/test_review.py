@@ -14,11 +14,13 @@ from PIL import Image
 
 from common.sessions import EVENTS, OVERRIDES, read_table
 from precompute_labels import Args, Sighting, group_events, main, sprite_groups
+from session_labels.game import load_game
 from session_labels.review import Card, Override, accept, choose, doubtful, follow, kind_of, merge, without_rejected
 from tests.unit.test_precompute_labels import arguments, dataset, times_at  # noqa: F401
 
 TIMES = times_at(10, 400)
 DEATH_SPRITE = "creatures/tux/small/gameover-0.png"
+RULES = load_game(Args.game).rules
 SPRITES = SimpleNamespace(kinds=["tux", "tux other", "enemy"], thresholds=np.array([0.85, 0.85, 0.85]))
 
 
@@ -32,11 +34,11 @@ def seen(detections, less=0.0):
 
 
 def groups_of(event, sightings, overrides=(), stride=1):
-    return sprite_groups(Args(event_stride=stride), event, sightings, TIMES, overrides)
+    return sprite_groups(Args(event_stride=stride), RULES[event], sightings, TIMES, overrides)
 
 
 def deaths(detections, overrides=(), less=0.0, stride=1):
-    return group_events("DEATH", groups_of("DEATH", seen(detections, less), overrides, stride), TIMES)
+    return group_events(RULES["DEATH"], groups_of("DEATH", seen(detections, less), overrides, stride), TIMES)
 
 
 def override(frame, accept, y=100, x=100, event="DEATH", sprite="tux"):
@@ -118,6 +120,15 @@ def test_accepted_place_is_an_event_from_its_first_frame_on():
     assert deaths(detections) == []
     assert deaths(accepted(detections, override(101, True, y=62, x=96))) == [(100, 1.0)]
     assert deaths(accepted(detections, override(101, False, y=62, x=96))) == []
+
+
+def test_accepted_place_counts_however_seldom_it_is_seen(monkeypatch):
+    seldom = [place(100, 0.9)]
+    assert deaths(seldom) == [(100, 0.9)]
+    monkeypatch.setattr(RULES["DEATH"], "min_sightings", 3)
+    monkeypatch.setattr(RULES["DEATH"], "of_frames", 3)
+    assert deaths(seldom) == []
+    assert deaths(accepted(seldom, override(100, True)), [override(100, True)]) == [(100, 1.0)]
 
 
 def test_accepting_an_event_makes_it_sure_and_moves_nothing():

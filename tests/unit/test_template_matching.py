@@ -227,6 +227,14 @@ def test_load_sprites_uses_alpha_and_bt601(tmp_path):
     assert torch.equal(bank.masks[0], torch.from_numpy(mask).float())
 
 
+def test_alpha_says_which_pixels_count(tmp_path):
+    rgb, alpha = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8), np.full((9, 8), 200, np.uint8)
+    alpha[:, :3] = 100
+    Image.fromarray(np.dstack([rgb, alpha]), "RGBA").save(tmp_path / "a.png")
+    count = [load_sprites(tmp_path, 1.0, alpha=least).masks[0].sum().item() for least in (0.0, 0.3, 0.5, 0.75)]
+    assert count == [72, 72, 45, 45]
+
+
 def test_mirror_adds_the_flipped_sprite(tmp_path):
     save_sprite(tmp_path / "a.png", np.random.default_rng(7))
     bank = load_sprites([tmp_path / "a.png"], scale=1, mirror=True)
