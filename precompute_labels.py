@@ -8,8 +8,8 @@ returns.
 
 Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
 where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --progress-reward adds
-how far the picture scrolled, --truth truth.parquet compares with what scripted recordings know, in label_report/,
---review asks a person, on review.html. Page: docs/precompute_labels.md
+how far the picture scrolled, --labeler what the player is about to do, --truth truth.parquet compares with what
+scripted recordings know, in label_report/, --review asks a person, on review.html. Page: docs/precompute_labels.md
 """
 
 import ast
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from common.returns import discounted_returns, gamma_from_half_life
 from common.sessions import (
     EPISODES,
     EVENTS,
+    INTENT_NAMES,
     KEY_CODES,
     RETURNS,
     WIN_KEY,
@@ -43,7 +45,7 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import files, review, scrolling, truth
+from session_labels import files, intents, review, scrolling, truth
 from session_labels.review import Override
 from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
 from session_labels.workers import side_by_side
@@ -125,6 +127,11 @@ class Args:
     """discount per frame, 0 to 1"""
     half_life_s: float | None = None
     """seconds after which a reward counts one half; takes the place of gamma. None: gamma as given"""
+
+    labeler: Literal["none", "keys"] = "none"
+    """what makes intent.parquet, also where there are labels: keys, the keys of the next moments; none: nothing"""
+    intent_horizon_s: float = 1.0
+    """seconds of keys ahead of a frame that its intent is made of, 0 or more; never beyond the end of its episode"""
 
 
 SETTINGS = (
@@ -577,6 +584,8 @@ def main(args: Args) -> dict:
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
         given = f"--gamma {args.gamma} --half-life-s {args.half_life_s}"
         raise SystemExit(f"{given}: expected a gamma of 0 to 1, and a half-life above 0")
+    if not args.intent_horizon_s >= 0:
+        raise SystemExit(f"--intent-horizon-s is {args.intent_horizon_s}, expected 0 or more")
     args = replace(args, data_dir=args.data_dir if args.data_dir.name else args.data_dir.resolve())  # "." has no name
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
@@ -628,6 +637,14 @@ def main(args: Args) -> dict:
             sessions[folder.name] = {"frames": n} | {name: len(frames) for name, frames in found.items()}
             counts = ", ".join(f"{name} {len(frames)}" for name, frames in found.items())
             print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
+
+            # Intents
+            if args.labeler != "none":
+                recording = files.recording_of(folder, n)
+                labels = intents.label_intents(session, args.labeler, args.intent_horizon_s, recording)
+                shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
+                parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
+                print(f"{folder.name}: intents {', '.join(parts)}")
 
             # Ask
             if args.review:
