@@ -45,7 +45,7 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import files, intents, review, scrolling, truth
+from session_labels import files, intents, review, scrolling, surroundings, truth
 from session_labels.review import Override
 from session_labels.sprites import Sighting, Sprites, find_scale, kept_from, read_scales
 from session_labels.workers import side_by_side
@@ -128,8 +128,9 @@ class Args:
     half_life_s: float | None = None
     """seconds after which a reward counts one half; takes the place of gamma. None: gamma as given"""
 
-    labeler: Literal["none", "keys"] = "none"
-    """what makes intent.parquet, also where there are labels: keys, the keys of the next moments; none: nothing"""
+    labeler: Literal["none", "keys", "supertux"] = "none"
+    """what makes intent.parquet, also where there are labels: keys, the keys of the next moments; supertux, also what
+    is near Tux, on frames as far apart as --event-stride says; none: nothing"""
     intent_horizon_s: float = 1.0
     """seconds of keys ahead of a frame that its intent is made of, 0 or more; never beyond the end of its episode"""
 
@@ -355,21 +356,27 @@ def episodes_and_returns(
 # --- Sessions ---
 
 
+def sprite_folder(args: Args, paths: list[str]) -> Path:
+    """The first folder that has all sprites at `paths`. Raises FileNotFoundError naming what is missing where."""
+    folders = [args.sprites] if args.sprites is not None else [INSTALLED_SPRITES, args.data_dir / "sprites"]
+    if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
+        folders.append(args.data_dir.parent / "sprites")
+    missing = {f: [p for p in paths if not (f / p).exists()] for f in folders}
+    folder = next((f for f in folders if not missing[f]), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no sprites: {' and '.join(str(f / those[0]) for f, those in missing.items())} do not exist. Install the "
+            "game (apt-get install supertux-data), or name its folder of images: --sprites FOLDER"
+        )
+    return folder
+
+
 def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     """The sprites of every event at all `scales`, from the first folder that has them all, with their thresholds.
 
     Raises FileNotFoundError naming what is missing where, ValueError for a threshold that cannot be.
     """
-    folders = [args.sprites] if args.sprites is not None else [INSTALLED_SPRITES, args.data_dir / "sprites"]
-    if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
-        folders.append(args.data_dir.parent / "sprites")
-    missing = {f: [p for paths in SPRITES.values() for p in paths if not (f / p).exists()] for f in folders}
-    folder = next((f for f in folders if not missing[f]), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"no sprites: {' and '.join(str(f / paths[0]) for f, paths in missing.items())} do not exist. Install the "
-            "game (apt-get install supertux-data), or name its folder of images: --sprites FOLDER"
-        )
+    folder = sprite_folder(args, [path for paths in SPRITES.values() for path in paths])
     names, single = [Path(p).stem for paths in SPRITES.values() for p in paths], {}
     for word in args.template_thresholds:
         name, _, score = word.partition("=")
@@ -472,13 +479,29 @@ def find_cards(args: Args, session: Session, reader: VideoReader, device: str, m
     return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
 
 
+def known_scale(args: Args, session: Session) -> float:
+    """The size of the sprites that were found in a session, else that of --sprite-scales."""
+    found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
+    return [*found, *read_scales(args.sprite_scales), 1.0][0]
+
+
+def find_intents(args: Args, session: Session, reader: VideoReader, device: str, n_frames: int) -> np.ndarray:
+    """Make a session's intent.parquet. Returns the intents, numbers in INTENT_NAMES (n_frames,)."""
+    made_from, near = files.recording_of(session.folder, n_frames), None
+    if args.labeler == "supertux":
+        searched = {name: getattr(args, name) for name in ("event_stride", "sprite_threshold")}
+        made_from |= searched | {"scale": known_scale(args, session)}
+        eyes = surroundings.open_eyes(sprite_folder(args, surroundings.ALL), made_from["scale"], args.sprite_threshold)
+        near = surroundings.find_surroundings(reader, eyes, n_frames, args.event_stride, device, session.name)
+    return intents.label_intents(session, args.labeler, args.intent_horizon_s, made_from, near)
+
+
 def scroll(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> np.ndarray | None:
     """The camera's step into each frame (N,), in widths of the sprites that were found, else of --sprite-scales; None
     where progress is not rewarded."""
     if args.progress_reward == 0:
         return None
-    found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
-    width = scrolling.SPRITE * [*found, *read_scales(args.sprite_scales), 1.0][0]
+    width = scrolling.SPRITE * known_scale(args, session)
     n, show = int(metadata["recording_frames"]), args.num_workers == 1
     return scrolling.progress_steps(session, reader, n, width, device, args.rescan, show)
 
@@ -592,6 +615,8 @@ def main(args: Args) -> dict:
         folders = find_sessions(args.data_dir)
         if args.truth is not None:
             truth.check_name(args.truth, folders)
+        if args.labeler == "supertux":
+            sprite_folder(args, surroundings.ALL)  # raises before the work begins
         if args.detect_events:
             drawn = load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
             review.import_overrides(
@@ -640,8 +665,7 @@ def main(args: Args) -> dict:
 
             # Intents
             if args.labeler != "none":
-                recording = files.recording_of(folder, n)
-                labels = intents.label_intents(session, args.labeler, args.intent_horizon_s, recording)
+                labels = find_intents(args, session, reader, device, n)
                 shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
                 parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
                 print(f"{folder.name}: intents {', '.join(parts)}")

@@ -1,4 +1,4 @@
-"""Intents: what the player is about to do, from the keys of the next moments.
+"""Intents: what the player is about to do, from the keys of the next moments and maybe from what is near him.
 
 A weak label in the strong sense: it is made of the very keys that a policy learns to predict, and looks ahead of them.
 As a goal at play it says what to do next; as an input while keys are scored it would give the answer away.
@@ -20,6 +20,16 @@ RULES = {  # of every labeler: intent and its signs, the first that shows decide
         ("ATTACK", FIRE),
         ("EVADE", "KEY_DOWN"),
         ("RUN", "KEY_LEFT KEY_RIGHT"),
+    ],
+    "supertux": [  # signs that are no keys are those of surroundings.py
+        ("ATTACK", FIRE),
+        ("LEAP", "KEY_SPACE"),
+        ("CLIMB", "KEY_UP"),
+        ("ATTACK", "SQUISHED"),
+        ("EVADE", "ENEMY KEY_DOWN"),
+        ("LOOT", "COIN"),
+        ("RUN", "KEY_LEFT KEY_RIGHT"),
+        ("LOOT", "KEY_E KEY_ENTER"),
     ],
 }
 
@@ -48,13 +58,18 @@ def choose_intents(ahead: np.ndarray, labeler: str) -> np.ndarray:
     return intents
 
 
-def label_intents(session: Session, labeler: str, horizon_s: float, recording: dict) -> np.ndarray:
+def label_intents(
+    session: Session, labeler: str, horizon_s: float, recording: dict, near: dict[str, np.ndarray] | None = None
+) -> np.ndarray:
     """Write intent.parquet of a session that has episodes: what is done after an end says nothing of the time before
-    it. `recording` tells which recording it is. Returns the intents, numbers in INTENT_NAMES (N,)."""
+    it. `recording` tells which recording it is and how it was searched, `near` (N,) bool each which signs that are no
+    keys show. Returns the intents, numbers in INTENT_NAMES (N,)."""
     n, horizon = int(recording["recording_frames"]), round(horizon_s * session.fps)
     episodes = read_table(session.folder / "episodes.parquet", EPISODES).to_pylist()
     cuts = sorted({frame for e in episodes for frame in (e["start_frame"], e["end_frame"] + 1)})
     shown = key_table(session, signs_of(labeler))[1][:n]  # (n, S), down at any moment up to the next frame
+    for sign, seen in (near or {}).items():
+        shown[:, signs_of(labeler).index(sign)] = seen
     intents = choose_intents(look_ahead(shown, horizon, cuts), labeler)
     columns = {"frame_idx": np.arange(n), "intent": np.array(INTENT_NAMES)[intents].tolist()}
     made_with = {"labeler": labeler, "intent_horizon_s": horizon_s, "fps": session.fps, "cuts": json.dumps(cuts)}

@@ -3,9 +3,13 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 import precompute_labels
 from common.sessions import EPISODES, INTENT, INTENT_NAMES, load_session, read_table, write_table
+from common.video import grey
+from session_labels import surroundings
 from session_labels.intents import RULES, choose_intents, label_intents, look_ahead, signs_of
 from tests.reference import naive_intents, naive_key_table
 from tests.synthetic import write_session
@@ -103,3 +107,70 @@ def test_a_full_disk_keeps_the_older_intents(dataset, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         label_intents(load_session(folder), "keys", 0.5, {"recording_frames": 120})
     assert (folder / "intent.parquet").read_bytes() == before and not list(folder.glob(".*"))
+
+
+# --- what is near Tux ---
+
+
+def test_rules_of_supertux():
+    assert intent_of("supertux") == "WAIT"
+    assert intent_of("supertux", "KEY_ENTER") == "LOOT" and intent_of("supertux", "KEY_ENTER", "KEY_LEFT") == "RUN"
+    assert intent_of("supertux", "KEY_RIGHT", "COIN") == "LOOT"
+    assert intent_of("supertux", "KEY_RIGHT", "COIN", "ENEMY") == intent_of("supertux", "KEY_DOWN", "COIN") == "EVADE"
+    assert intent_of("supertux", "ENEMY", "SQUISHED") == "ATTACK"
+    assert intent_of("supertux", "SQUISHED", "KEY_UP") == "CLIMB"
+    assert intent_of("supertux", "KEY_SPACE", "KEY_UP", "SQUISHED") == "LEAP"
+    assert intent_of("supertux", "KEY_SPACE", "KEY_X") == "ATTACK"
+
+
+@pytest.fixture
+def sprites(tmp_path):
+    """Made-up pictures of 32x32 for every sprite."""
+    rng = np.random.default_rng(0)
+    for path in surroundings.ALL:
+        (tmp_path / "sprites" / path).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((32, 32), Image.BICUBIC)
+        picture.putalpha(255)
+        picture.save(tmp_path / "sprites" / path)
+    return tmp_path / "sprites"
+
+
+def screen(sprites, **centres) -> np.ndarray:
+    """A grey picture of 240x480 with sprites: {file's stem: (y, x) of its centre}."""
+    picture = np.full((240, 480, 3), 90, np.uint8) + np.arange(480, dtype=np.uint8)[:, None] % 7
+    for stem, (y, x) in centres.items():
+        (path,) = [path for path in surroundings.ALL if path.endswith(f"{stem.replace('_', '-')}.png")][:1]
+        picture[y - 16 : y + 16, x - 16 : x + 16] = np.asarray(Image.open(sprites / path))[..., :3]
+    return picture
+
+
+def test_what_is_near_is_within_96_pixels_of_tux(sprites):
+    eyes = surroundings.open_eyes(sprites, 1.0, 0.85)
+    pictures = {
+        frozenset({"ENEMY"}): screen(sprites, walk_2=(120, 200), snowball_3=(120, 290), coin_2=(30, 300)),
+        frozenset({"COIN", "SQUISHED"}): screen(sprites, jump_0=(17, 17), coin_0=(30, 90), mrs_squished_left=(80, 20)),
+        frozenset(): screen(sprites, stand_0=(220, 460), smartball_0=(220, 360)),  # 100 pixels
+        frozenset({"no Tux"}): screen(sprites, smartball_0=(100, 100), coin_0=(100, 140)),
+    }
+    frames = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2)  # (N, 3, H, W)
+    found = surroundings.look_around(grey(frames), eyes)
+    assert found == [set(signs - {"no Tux"}) for signs in pictures]
+
+
+def test_intents_with_surroundings(sprites, tmp_path, capsys):
+    """Tux runs; an enemy is near in the frames 20 to 29, looked at in every fifth."""
+    alone, beside = (screen(sprites, walk_0=(120, 200), **more) for more in ({}, {"snowball_0": (120, 260)}))
+    pictures = np.stack([beside if 20 <= i < 30 else alone for i in range(40)])
+    keys = {"KEY_RIGHT": np.ones(40, bool)}
+    folder = write_session(tmp_path / "data" / "run_0", 40, keys=keys, pictures=pictures)
+    arguments = dict(data_dir=tmp_path / "data", sprites=sprites, detect_events=False, device="cpu", event_stride=5)
+    arguments |= dict(labeler="supertux", intent_horizon_s=0.3)
+    precompute_labels.main(precompute_labels.Args(**arguments))
+    table = read_table(folder / "intent.parquet", INTENT)
+    assert table["intent"].to_pylist() == ["RUN"] * 17 + ["EVADE"] * 13 + ["RUN"] * 10
+    assert table.schema.metadata[b"event_stride"] == b"5" and table.schema.metadata[b"labeler"] == b"supertux"
+    assert "run_0: intents EVADE 32%, RUN 68%" in capsys.readouterr().out
+
+    (sprites / surroundings.TUX[0]).unlink()
+    with pytest.raises(SystemExit, match="no sprites: .*small/stand-0.png do not exist. Install the game"):
+        precompute_labels.main(precompute_labels.Args(**arguments))
