@@ -669,6 +669,8 @@ def main(args: Args) -> dict:
                 shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
                 parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
                 print(f"{folder.name}: intents {', '.join(parts)}")
+            elif intents.are_outdated(folder):
+                print(f"{folder.name}: intent.parquet was made for other episodes, kept; --labeler makes it again")
 
             # Ask
             if args.review:

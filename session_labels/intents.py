@@ -6,10 +6,12 @@ As a goal at play it says what to do next; as an input while keys are scored it 
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from common.sessions import EPISODES, INTENT, INTENT_NAMES, Session, key_table, read_table, write_table
+from session_labels.files import metadata_of
 
 FIRE = "KEY_LEFTCTRL KEY_RIGHTCTRL KEY_LEFTALT KEY_RIGHTALT KEY_X KEY_C"
 RULES = {  # of every labeler: intent and its signs, the first that shows decides; none is WAIT
@@ -58,6 +60,18 @@ def choose_intents(ahead: np.ndarray, labeler: str) -> np.ndarray:
     return intents
 
 
+def find_cuts(folder: Path) -> list[int]:
+    """The frames at which a session's episodes begin, and those that follow them."""
+    episodes = read_table(folder / "episodes.parquet", EPISODES).to_pylist()
+    return sorted({frame for e in episodes for frame in (e["start_frame"], e["end_frame"] + 1)})
+
+
+def are_outdated(folder: Path) -> bool:
+    """Whether a session has intents that were made for other episodes than it has now."""
+    path = folder / "intent.parquet"
+    return path.exists() and metadata_of(path, INTENT).get("cuts") != json.dumps(find_cuts(folder))
+
+
 def label_intents(
     session: Session, labeler: str, horizon_s: float, recording: dict, near: dict[str, np.ndarray] | None = None
 ) -> np.ndarray:
@@ -65,8 +79,7 @@ def label_intents(
     it. `recording` tells which recording it is and how it was searched, `near` (N,) bool each which signs that are no
     keys show. Returns the intents, numbers in INTENT_NAMES (N,)."""
     n, horizon = int(recording["recording_frames"]), round(horizon_s * session.fps)
-    episodes = read_table(session.folder / "episodes.parquet", EPISODES).to_pylist()
-    cuts = sorted({frame for e in episodes for frame in (e["start_frame"], e["end_frame"] + 1)})
+    cuts = find_cuts(session.folder)
     shown = key_table(session, signs_of(labeler))[1][:n]  # (n, S), down at any moment up to the next frame
     for sign, seen in (near or {}).items():
         shown[:, signs_of(labeler).index(sign)] = seen

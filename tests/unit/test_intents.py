@@ -84,6 +84,9 @@ def test_intents_of_a_session_that_has_labels(dataset, capsys):
     assert "run_0: intents LEAP {:.0%}, RUN {:.0%}, WAIT {:.0%}".format(*shares) in capsys.readouterr().out
     precompute_labels.main(precompute_labels.Args(**arguments | {"intent_horizon_s": 0.0}))
     assert read_table(dataset / "run_0" / "intent.parquet", INTENT)["intent"].to_pylist()[33] == "RUN"
+    assert "other episodes" not in capsys.readouterr().out
+    precompute_labels.main(precompute_labels.Args(data_dir=dataset, detect_events=False, overwrite=True))
+    assert "run_0: intent.parquet was made for other episodes, kept; --labeler" in capsys.readouterr().out
     assert not list(dataset.glob("run_0/.*"))
 
 
