@@ -56,25 +56,26 @@ class Args:
     """replace an output that is there already"""
 
 
-# Axes: B batch, T frames in a stack (oldest first), H W of the raw frame, S image_size, K keys
+# Axes: B batch, T frames in a stack (oldest first), H W of the raw frame, S image_size, K keys, G intents
 OPSET = 18  # the first with an antialiased Resize
 TOLERANCE = 1e-3  # outputs of graph and torch on the same resized frames, relative above 1
 VALUES_OFF = 0.08  # share of a resized noise frame's values that may differ from common.video.resize, by one level of
 # 255: there the weights are integers of 16 bits, in the graph float32. Frames that are enlarged may differ by two
-OUTPUTS = ("keys_logits", "mouse_pos", "value", "q")  # q only of a network with a Q head
+OUTPUTS = ("keys_logits", "mouse_pos", "value")  # and q or intent_logits of a network with such a head
 SCENES = ("flat", "noise", "scene")  # kinds of golden frames
 
 
 # the graph ------------------------------------------------------------------------------------------------------------
 class RawReflexNet(nn.Module):
     """Raw frames (B, T, H, W, 3) uint8 -> key logits (B, K), mouse (B, 2), value (B,), of a network with a Q head the
-    smaller Q of every set of keys (B, 2^K), and the stacks made of the frames."""
+    smaller Q of every set of keys (B, 2^K), of one with intents, which takes a goal (B, G), their logits (B, G), and
+    the stacks made of the frames."""
 
     def __init__(self, network: nn.Module, image_size: int):
         super().__init__()
         self.network, self.image_size = network, image_size
 
-    def forward(self, pixels):
+    def forward(self, pixels, goal=None):
         B, T = pixels.shape[:2]
         frames = pixels.permute(0, 1, 4, 2, 3).flatten(0, 1)  # (B * T, 3, H, W)
         # as common.video.resize: the width, then the height, rounded after each; an exact copy where the size is right
@@ -82,11 +83,26 @@ class RawReflexNet(nn.Module):
             frames = F.interpolate(frames.float(), size, mode="bilinear", antialias=True)
             frames = (frames + 0.5).clamp(0, 255).to(torch.uint8)
         stacks = frames.unflatten(0, (B, T)).flatten(1, 2)  # (B, T * 3, S, S)
-        return *network_outputs(self.network, stacks), stacks
+        return *network_outputs(self.network, stacks, goal), stacks
 
 
-def network_outputs(network: nn.Module, stacks: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the graph gives for stacks (B, T * 3, S, S), in the order of OUTPUTS. Bit k of a set's number is key k."""
+def output_names(network: nn.Module) -> tuple[str, ...]:
+    """The outputs of the graph, in order. Q and intents exclude each other."""
+    q, intents = getattr(network, "q_head", None) is not None, n_intents(network) > 0
+    return OUTPUTS + ("q",) * q + ("intent_logits",) * intents
+
+
+def n_intents(network: nn.Module) -> int:
+    """How many intents a goal chooses from, 0 of a network that takes no goal."""
+    return getattr(network, "n_intents", 0)
+
+
+def network_outputs(network: nn.Module, stacks: torch.Tensor, goal=None) -> tuple[torch.Tensor, ...]:
+    """What the graph gives for stacks (B, T * 3, S, S) and a goal (B, G), in the order of `output_names`. Bit k of a
+    set's number is key k."""
+    if n_intents(network):
+        features = network.features(stacks)  # (B, F)
+        return *network.heads(features, goal), network.intent_head(features)
     if getattr(network, "q_head", None) is None:
         return network(stacks)
     features = network.features(stacks)  # (B, F)
@@ -99,17 +115,22 @@ def network_outputs(network: nn.Module, stacks: torch.Tensor) -> tuple[torch.Ten
 
 def build_graphs(network: nn.Module, image_size: int, T: int, height: int, width: int) -> tuple[bytes, bytes]:
     """The ONNX graph with its outputs, and the same with the stacks as a further one, for comparison."""
-    names = OUTPUTS[: 3 if getattr(network, "q_head", None) is None else 4]
-    example = torch.zeros((2, T, height, width, 3), dtype=torch.uint8)  # a batch of 1 would be taken for a constant
+    names = output_names(network)
+    example = [torch.zeros((2, T, height, width, 3), dtype=torch.uint8)]  # a batch of 1 would be taken for a constant
+    free = {"pixels": {0: "batch", 2: "height", 3: "width"}}
+    if G := n_intents(network):
+        example.append(torch.zeros(2, G))
+        free["goal"] = {0: "batch"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is missing
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name: batch")  # pixels and goal share it, which is meant
         program = torch.onnx.export(
             RawReflexNet(network, image_size).eval(),
-            (example,),
-            input_names=["pixels"],
+            tuple(example),
+            input_names=list(free),
             output_names=[*names, "stacks"],
-            dynamic_shapes={"pixels": {0: "batch", 2: "height", 3: "width"}},
+            dynamic_shapes=free,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -154,7 +175,11 @@ def check_parity(network: nn.Module, graph: bytes, with_stacks: bytes, sizes: li
         B = 1 + number % 2
         frames = golden_frames(kind, B, T, H, W, rng)
         where = f"on {kind} frames of {W}x{H}, batch {B}"
-        outputs, stacks = sessions[0].run(None, {"pixels": frames}), sessions[1].run(["stacks"], {"pixels": frames})[0]
+        inputs, goal = {"pixels": frames}, None
+        if G := n_intents(network):  # one-hot, of a batch of two the first without
+            inputs["goal"] = np.eye(G, dtype=np.float32)[rng.integers(G, size=B)] * (np.arange(B) == B - 1)[:, None]
+            goal = torch.from_numpy(inputs["goal"])
+        outputs, stacks = sessions[0].run(None, inputs), sessions[1].run(["stacks"], inputs)[0]
 
         # the stacks that training would have made of these frames
         flat = torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2)  # (B * T, 3, H, W)
@@ -171,14 +196,16 @@ def check_parity(network: nn.Module, graph: bytes, with_stacks: bytes, sizes: li
 
         # the network on the graph's stacks, then from end to end
         for name, output, true in zip(
-            OUTPUTS[: len(outputs)], outputs, network_outputs(network, torch.from_numpy(stacks)), strict=True
+            output_names(network), outputs, network_outputs(network, torch.from_numpy(stacks), goal), strict=True
         ):
             scale = true.abs().clamp(min=1).numpy()
             off = float((np.abs(output - true.numpy()) / scale).max())
             if not off <= TOLERANCE:  # also where it is NaN
                 raise ValueError(f"{where} {name} of the graph is off by {off:.2g}, expected {TOLERANCE:g} at most")
             largest["outputs"] = max(largest["outputs"], off)
-        off = (torch.from_numpy(outputs[0]).sigmoid() - network(expected)[0].sigmoid()).abs().max()
+        off = (
+            (torch.from_numpy(outputs[0]).sigmoid() - network_outputs(network, expected, goal)[0].sigmoid()).abs().max()
+        )
         largest["key_probability"] = max(largest["key_probability"], off.item())
     return largest | {"frame_values_off": values_off, "batches": [1, 2], "kinds": list(SCENES)}
 
@@ -265,6 +292,11 @@ def build_manifest(network, module, checkpoint: dict, args: Args, path: Path | N
     keys, S, T = checkpoint["keys"], checkpoint["image_size"], module.CONTEXT
     fps, h = float(checkpoint["fps"]), checkpoint["action_horizon"]
     q_entry = {"shape": ["batch", 2 ** len(keys)], "description": "Q of each set of keys; bit k of its number is key k"}
+    told, heard = {}, {}
+    if G := n_intents(network):
+        goal = {"shape": ["batch", G], "dtype": "float32", "intents": checkpoint["intents"]}
+        told = {"goal": goal | {"description": "one-hot, or zeros for none"}}
+        heard = {"intent_logits": {"shape": ["batch", G], "intents": checkpoint["intents"]}}
     mean, std = (getattr(network, name, None) for name in ("mean", "std"))  # (1, T * 3, 1, 1), of 0..255
     return {
         "model": {"file": args.output.name, "opset": OPSET},
@@ -278,13 +310,15 @@ def build_manifest(network, module, checkpoint: dict, args: Args, path: Path | N
                 "height": args.height,
                 "width": args.width,
             }
-        },
+        }
+        | told,
         "outputs": {
             "keys_logits": {"shape": ["batch", len(keys)], "keys": keys},
             "mouse_pos": {"shape": ["batch", 2], "range": "0..1 of the picture's width (x) and height (y)"},
             "value": {"shape": ["batch"], "description": "expected return from here; not needed to choose keys"},
         }
-        | ({} if getattr(network, "q_head", None) is None else {"q": q_entry}),
+        | ({} if getattr(network, "q_head", None) is None else {"q": q_entry})
+        | heard,
         "fps": fps,
         "horizon": {"frames": h, "ms": 1000 * h / fps},
         "thresholds": checkpoint["thresholds"],

@@ -40,6 +40,8 @@ from common import runs
 from common.sessions import (
     EPISODES,
     EVENTS,
+    INTENT,
+    INTENT_NAMES,
     RETURNS,
     Session,
     find_sessions,
@@ -148,6 +150,12 @@ class Args:
     """coefficient of the Q loss"""
     q_tau: float = 0.005
     """share of Q that its target takes over in each update"""
+    intents: bool = False
+    """learn the player's intent (intent.parquet) with a head of its own, and to play towards one given as a goal"""
+    intent_coef: float = 0.25
+    """coefficient of the intent loss"""
+    goal_dropout: float = 0.5
+    """share of the training samples that are told no goal, 0..1: the policy has to play without, too"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or not; auto takes it on CUDA, and on CPUs with AMX, elsewhere it is slower"""
     compile_model: bool = False
@@ -167,7 +175,7 @@ class Args:
     """length of eval.mp4, predicted and true keys over the held-out session; 0 means none"""
 
 
-# Axes: B batch, N frames of a recording, K keys, T = 3 stacked frames, C H W image (uint8 RGB), S image_size
+# Axes: B batch, N frames of a recording, K keys, G intents, T = 3 stacked frames, C H W image (uint8 RGB), S image_size
 CONTEXT = 3  # frames in a stack, oldest first
 RUN = 8  # frames that are decoded together and stay together in the shuffle buffer
 MIX = 64  # runs whose frames are shuffled when they leave it
@@ -191,6 +199,7 @@ class Recording:
     returns: np.ndarray  # (N,)
     rewards: np.ndarray  # (N,) on the way from frame i to i + 1, as labelled; the returns are made of them
     gamma: float  # of the returns, per frame; NaN in labels that do not say
+    intents: np.ndarray  # (N,) what the player is about to do, its number in INTENT_NAMES; 0 without --intents
     finished: np.ndarray  # (N,) bool, the episode ended in a win or a death, so the return is known
     terminal: np.ndarray  # (N,) bool, the last frame of such an episode that has a label
     confidence: np.ndarray  # (N,) of the event that ends the episode; 1 where none does
@@ -216,7 +225,22 @@ def person_plays(session: Session) -> np.ndarray:
     return theirs
 
 
-def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
+def load_intents(session: Session, N: int) -> np.ndarray:
+    """(N,) numbers in INTENT_NAMES. Raises ValueError where they belong to another recording."""
+    path, size = session.folder / "intent.parquet", session.video.stat().st_size
+    table = read_table(path, INTENT)
+    made_for = int((table.schema.metadata or {}).get(b"recording_bytes", size))
+    unknown = set(table["intent"].to_pylist()) - set(INTENT_NAMES)
+    if made_for != size or len(table) < N or unknown:
+        raise ValueError(
+            f"{path} has {len(table):,} rows for a recording with recording_bytes {made_for} and "
+            f"{', '.join(sorted(unknown)) or 'no'} unknown intent, recording.mp4 has {N:,} frames and {size} bytes. "
+            f"Make it again: python precompute_labels.py --labeler keys --data-dir {session.folder.parent}"
+        )
+    return np.array([INTENT_NAMES.index(name) for name in table["intent"].to_pylist()[:N]])
+
+
+def load_recording(folder: Path, keys: list[str], h: int, intents: bool = False) -> Recording:
     session = load_session(folder)
     reader = VideoReader(session.video)
     N = min(session.n_frames, reader.n_frames)
@@ -267,6 +291,7 @@ def load_recording(folder: Path, keys: list[str], h: int) -> Recording:
         returns=returns,
         rewards=rewards,
         gamma=float((table.schema.metadata or {}).get(b"gamma", "nan")),
+        intents=load_intents(session, N) if intents else np.zeros(N, int),
         finished=finished,
         terminal=terminal,
         confidence=confidence,
@@ -490,26 +515,44 @@ class TwinQ(nn.Module):
 
 
 class ReflexNet(nn.Module):
-    """Shared backbone with a key, a mouse and a value head, and where asked for inverse dynamics and Q. Any H and W."""
+    """Shared backbone with a key, a mouse and a value head, and where asked for inverse dynamics and Q. Any H and W.
+    With intents, a goal joins the features of key and value head, and a head names the intent without knowing it."""
 
-    def __init__(self, n_keys: int, backbone: str, grid: int = 4, inverse_dynamics: bool = False, q_head: bool = False):
+    def __init__(
+        self,
+        n_keys: int,
+        backbone: str,
+        grid: int = 4,
+        inverse_dynamics: bool = False,
+        q_head: bool = False,
+        n_intents: int = 0,
+    ):
         super().__init__()
+        self.n_intents = n_intents
+        fused = 512 + (64 if n_intents else 0)
         self.backbone = CNN(3 * CONTEXT, grid) if backbone == "cnn" else ResNet18(3 * CONTEXT)
-        self.keys_head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, n_keys))
+        self.keys_head = nn.Sequential(nn.Linear(fused, 256), nn.ReLU(), nn.Linear(256, n_keys))
         self.mouse_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 2), nn.Sigmoid())
-        self.value_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
+        self.value_head = nn.Sequential(nn.Linear(fused, 128), nn.ReLU(), nn.Linear(128, 1))
         self.inverse_head = None
         if inverse_dynamics:
             self.inverse_head = nn.Sequential(nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, n_keys))
         self.q_head = TwinQ(512, n_keys) if q_head else None
+        if n_intents:
+            self.goal_encoder = nn.Sequential(nn.Linear(n_intents, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+            self.intent_head = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, n_intents))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).repeat(CONTEXT).view(1, -1, 1, 1) * 255)
 
     def features(self, pixels):  # (B, T * 3, H, W) uint8, oldest frame first -> (B, 512)
         return self.backbone(((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
 
-    def heads(self, features):  # (B, 512) -> (B, K), (B, 2), (B,)
-        return self.keys_head(features), self.mouse_head(features), self.value_head(features).squeeze(1)
+    def heads(self, features, goal=None):  # (B, 512), (B, G) one-hot, zeros or None for no goal -> (B, K), (B, 2), (B,)
+        fused = features
+        if self.n_intents:
+            goal = features.new_zeros(features.shape[0], self.n_intents) if goal is None else goal
+            fused = torch.cat([features, self.goal_encoder(goal)], 1)  # (B, 576)
+        return self.keys_head(fused), self.mouse_head(features), self.value_head(fused).squeeze(1)
 
     def inverse_dynamics(self, features, next_features):  # (B, 512), (B, 512) -> (B, K)
         return self.inverse_head(torch.cat([features, next_features], 1))
@@ -572,6 +615,17 @@ def inverse_dynamics_loss(logits, keys, followed):
     return (per_row * followed).sum() / followed.sum().clamp(min=1)
 
 
+def intent_loss(logits, intents, weights):
+    """Cross-entropy, weighted per sample as the keys are: at play the head chooses goals, so it should learn what
+    turned out well. (B, G), (B,), (B,) -> scalar"""
+    return (weights * F.cross_entropy(logits, intents, reduction="none")).mean()
+
+
+def drop_goals(goal, share: float):
+    """Zeros, that is no goal, in the place of a random `share` of the goals. (B, G) -> (B, G)"""
+    return goal * (torch.rand(len(goal), 1, device=goal.device) >= share)
+
+
 def random_shift(stacks, pixels: int):
     """Shift every stack by up to `pixels`, its border repeated (DrQ, Kostrikov et al. 2020). (B, C, H, W) uint8"""
     B, _, H, W = stacks.shape
@@ -587,7 +641,8 @@ def random_shift(stacks, pixels: int):
 @torch.no_grad()
 def predict(network, recording: Recording, start: int, stop: int, args: Args, device) -> tuple[np.ndarray, ...]:
     """Of frames [start, stop), in order: key probabilities (n, K), values (n,), and the probabilities (n, K) that
-    inverse dynamics gives to the keys between a frame and the next, NaN on the last row and without that head."""
+    inverse dynamics gives to the keys between a frame and the next, NaN on the last row and without that head. Of a
+    network with intents also their logits (n, G), and the key probabilities (n, K) with the true intent as goal."""
     network.eval()
     reader, features = ForwardReader(recording.video, args.image_size), []
     with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(args.precision, device)):
@@ -602,8 +657,12 @@ def predict(network, recording: Recording, start: int, stop: int, args: Args, de
         inverse = torch.full_like(logits, torch.nan)
         if network.inverse_head is not None:
             inverse[:-1] = network.inverse_dynamics(features[:-1], features[1:])
+        told = []
+        if network.n_intents:
+            goal = F.one_hot(torch.from_numpy(recording.intents[start:stop]), network.n_intents).to(features)
+            told = [network.intent_head(features), network.heads(features, goal)[0].float().sigmoid()]
     network.train()
-    return tuple(x.float().cpu().numpy() for x in (logits.float().sigmoid(), value, inverse.float().sigmoid()))
+    return tuple(x.float().cpu().numpy() for x in (logits.float().sigmoid(), value, inverse.float().sigmoid(), *told))
 
 
 def f1(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:  # twin: f1
@@ -670,10 +729,12 @@ def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: in
         names = ("keys", "keys_before", "keys_now", "returns", "finished")
         column = {name: getattr(recording, name)[start:stop] for name in names}
         predictions = predict(network, recording, start, stop, args, device)
-        column |= dict(zip(("probability", "value", "inverse"), predictions, strict=True))
+        column |= dict(zip(("probability", "value", "inverse"), predictions, strict=False))
         column["part"] = 10**6 * number + np.cumsum(~use)  # one number for every unbroken stretch
+        if network.n_intents:
+            column["intents"], column["intent_logits"], column["told"] = recording.intents[start:stop], *predictions[3:]
         columns.append({name: values[use] for name, values in column.items()})
-    true, before, now, returns, finished, probability, value, inverse, part = (
+    true, before, now, returns, finished, probability, value, inverse, part, *of_intents = (
         np.concatenate([column[name] for column in columns]) for name in columns[0]
     )
     if thresholds is None:
@@ -742,6 +803,16 @@ def evaluate(network, parts: list, thresholds, args: Args, device, bootstrap: in
             "eval/inv_dyn_f1_always_on": f1(np.ones_like(now), now).mean(),
             "eval/inv_dyn_f1_majority": f1(np.broadcast_to(now.mean(0) > 0.5, now.shape), now).mean(),
         }
+    if of_intents:
+        intents, intent_logits, told = of_intents  # (N,), (N, G), (N, K)
+        told_ap = [average_precision_score(t, p) for t, p in zip(true.T, told.T, strict=True) if t.any()]
+        metrics |= {
+            "eval/intent_accuracy": (intent_logits.argmax(1) == intents).mean(),
+            "eval/intent_accuracy_majority": np.bincount(intents).max() / len(intents),
+            "eval/key_ap_leaking_goal": np.mean(told_ap) if told_ap else np.nan,
+            "eval/key_f1_leaking_goal": key_f1(told > thresholds),
+            "eval/onset_f1_leaking_goal": event_f1(told > thresholds, true, part, +1),
+        }
     hits = (predicted & true).sum(0)  # (K,)
     per_key = {
         "support": true.sum(0),
@@ -805,6 +876,12 @@ def report(metrics: dict, details: dict, keys: list[str]):
             print(f"{label:<20}" + "".join(f"{'-' if cell is None else f'{cell:.2f}':>13}" for cell in cells))
     print(f"\ncalibration error {metrics['eval/key_ece']:.3f} over all keys", end=", ")
     print(f"chatter {metrics['eval/chatter']:.3f}, the player's {metrics['eval/chatter_player']:.3f}")
+    if "eval/intent_accuracy" in metrics:
+        accuracy, majority = metrics["eval/intent_accuracy"], metrics["eval/intent_accuracy_majority"]
+        print(f"intent, accuracy {accuracy:.2f}, always the most frequent {majority:.2f}", end="; ")
+        print(
+            f"told the player's intent, which is made of his keys: keys, F1 {metrics['eval/key_f1_leaking_goal']:.2f}"
+        )
     low, high = details["intervals_95"]["value_rank"]
     rank = metrics["eval/value_rank_correlation"]
     print(f"value, rank correlation with the return: {rank:.2f} ({low:.2f} to {high:.2f})")
@@ -845,7 +922,7 @@ def write_video(path: Path, network, recording: Recording, thresholds, keys: lis
     changes = np.r_[0, (np.diff(recording.keys.astype(int), axis=0) != 0).any(1)] * recording.usable
     start = int(np.convolve(changes, np.ones(length), "valid").argmax())
     stop = start + length
-    probability, value, _ = predict(network, recording, start, stop, args, device)
+    probability, value, *_ = predict(network, recording, start, stop, args, device)
     reader, video = VideoReader(recording.video), None
     for frame_numbers, pictures in iter_frames(reader, start, stop):
         for i, picture in zip(frame_numbers, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -882,6 +959,13 @@ def main(args: Args) -> dict:
             raise ValueError(f"--q-coef {args.q_coef:g} --q-tau {args.q_tau:g} do nothing without --q-head")
         if not 0 <= args.confident_from <= 1:
             raise ValueError(f"--confident-from {args.confident_from:g}: expected a confidence, 0 to 1")
+        if not args.intents and (args.intent_coef, args.goal_dropout) != (Args.intent_coef, Args.goal_dropout):
+            given = f"--intent-coef {args.intent_coef:g} --goal-dropout {args.goal_dropout:g}"
+            raise ValueError(f"{given} do nothing without --intents")
+        if args.intents and args.q_head:
+            raise ValueError("--intents with --q-head: Q is not told the goal, and V would be. Leave one of them out")
+        if not 0 <= args.goal_dropout <= 1:
+            raise ValueError(f"--goal-dropout {args.goal_dropout:g}: expected 0 to 1")
         if args.bootstrap < 1:
             raise ValueError(f"--bootstrap {args.bootstrap}: the final evaluation needs at least one resample")
         if args.cnn_grid < 1 or not 0 < args.q_tau <= 1:
@@ -906,15 +990,15 @@ def main(args: Args) -> dict:
                 "so what followed does not come from them. Add --no-use-awr --inv-dyn-weight 0, or move them away"
             )
         keys = list(args.keys) or choose_keys(train_folders, args.min_key_rate)
-        recordings = [load_recording(folder, keys, args.action_horizon) for folder in train_folders]
-        heldout = [load_recording(folder, keys, args.action_horizon) for folder in heldout_folders]
+        load = partial(load_recording, keys=keys, h=args.action_horizon, intents=args.intents)
+        recordings, heldout = [load(folder) for folder in train_folders], [load(folder) for folder in heldout_folders]
         gamma = recordings[0].gamma
         if args.q_head:
             check_q_head(args, recordings, keys)
         if sum(int(recording.usable.sum()) for recording in heldout) < 2:
             names = ", ".join(recording.name for recording in heldout)
             raise ValueError(f"{names}: no two held-out frames to score on. Name longer sessions with --heldout")
-        tables = ("returns", "episodes", "inputs") + (("events",) if args.confident_from else ())
+        tables = ["returns", "episodes", "inputs"] + ["events"] * (args.confident_from > 0) + ["intent"] * args.intents
         names = [f"{name}.{form}" for name in tables for form in ("parquet", "jsonl")]
         data_files = [folder / name for folder in folders for name in ("recording.mp4", *names)]
         data_files = [path for path in data_files if path.exists()]
@@ -938,6 +1022,7 @@ def main(args: Args) -> dict:
     down = labels["keys"][torch.tensor(np.concatenate(training))].mean(0)  # (K,)
     least_sure = labels["confidence"].min().item()
     pos_weight = ((1 - down) / down.clamp(min=1e-6)).clamp(max=args.max_pos_weight)
+    labels["intents"] = torch.tensor(np.concatenate([recording.intents for recording in recordings]))
     labels = {name: label.to(device) for name, label in labels.items()}
 
     # run folder
@@ -970,6 +1055,7 @@ def main(args: Args) -> dict:
         "grid": args.cnn_grid,
         "inverse_dynamics": args.inv_dyn_weight != 0,
         "q_head": args.q_head,
+        "n_intents": len(INTENT_NAMES) if args.intents else 0,
     }
     network = ReflexNet(**sizes)
     if args.pretrained:
@@ -1005,6 +1091,7 @@ def main(args: Args) -> dict:
                 "script": Path(__file__).name,
                 "run_dir": str(run_dir.resolve()),
                 "keys": keys,
+                "intents": list(INTENT_NAMES) if args.intents else [],
                 "thresholds": thresholds.tolist(),
                 "image_size": args.image_size,
                 "action_horizon": args.action_horizon,
@@ -1034,11 +1121,16 @@ def main(args: Args) -> dict:
                 sure = (labels["confidence"][rows] >= bar).float()  # (B,) of an episode to learn from by now
                 if args.random_shift:
                     stacks = random_shift(stacks, args.random_shift)
+                intents, goal = labels["intents"][rows], None  # (B,)
+                if args.intents:
+                    goal = drop_goals(F.one_hot(intents, len(INTENT_NAMES)).float(), args.goal_dropout)  # (B, G)
 
                 # forward and loss
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     features = features_of(stacks)  # (B, 512)
-                    logits, mouse_xy, value = network.heads(features)
+                    logits, mouse_xy, value = network.heads(features, goal)
+                    if args.intents:
+                        intent_logits = network.intent_head(features)  # (B, G)
                     if args.inv_dyn_weight:
                         inverse = network.inverse_dynamics(features[:-1], features[1:])  # (B - 1, K)
                 logits, mouse_xy, value = logits.float(), mouse_xy.float(), value.float()
@@ -1066,6 +1158,9 @@ def main(args: Args) -> dict:
                 if args.inv_dyn_weight:
                     inverse_loss = inverse_dynamics_loss(inverse.float(), labels["keys_now"][rows[:-1]], followed)
                     loss = loss + args.inv_dyn_weight * inverse_loss
+                if args.intents:
+                    intents_loss = intent_loss(intent_logits.float(), intents, weights)
+                    loss = loss + args.intent_coef * intents_loss
 
                 # step
                 lr = args.lr * (1 - update / total_updates) if args.anneal_lr else args.lr
@@ -1101,6 +1196,8 @@ def main(args: Args) -> dict:
                         scalars["train/inv_dyn_loss"] = inverse_loss.item()
                     if args.confident_from:
                         scalars["train/confident_frac"] = sure.mean().item()
+                    if args.intents:
+                        scalars["train/intent_loss"] = intents_loss.item()
                     if args.q_head:
                         scalars |= {"train/q_loss": q_penalty.item(), "train/q_mean": q.mean().item()}
                     for name, scalar in scalars.items():

@@ -70,6 +70,12 @@ class Args:
     """a key changes when that was wanted on this many frames in a row; 1 means at once"""
     max_keys: int = 4
     """want at most this many keys at once, the most probable ones; 0 means no limit"""
+    goal_intent: str | None = None
+    """play towards this intent, such as LEAP; needs a model of iql_reflex.py --intents. None means no goal"""
+    auto_intent: bool = False
+    """take the intent that the model names as the goal, once it is the same on --intent-stability frames in a row"""
+    intent_stability: int = 5
+    """frames in a row that must name the same intent before it becomes the goal, 1 or more"""
 
 
 @dataclass(kw_only=True)
@@ -149,7 +155,7 @@ class Live(Args):
     """x264 effort; it runs beside the decisions, in a thread of its own"""
 
 
-# Axes: N decisions, K keys, T frames in a stack (oldest first), H W of the raw frame
+# Axes: N decisions, K keys, G intents, T frames in a stack (oldest first), H W of the raw frame
 RESULTS = ("preds.parquet", "metrics.json", "overlay.mp4")
 Q_DRAWS = 16  # sets of keys that --decode q chooses from
 RATE_TOLERANCE = 0.1  # a session whose rate is this share off the model's counts as equal
@@ -187,6 +193,38 @@ class DecisionRule:
         return {"debounce": self.debounce, "max_keys": self.max_keys, "thresholds": thresholds}
 
 
+class GoalRule:
+    """The goal (1, G) that the network is told: zeros for none, or one-hot, of a fixed intent or of the network's own.
+
+    With `stability` (0: the goal is fixed) an intent becomes the goal when the network named it on that many frames in
+    a row; until the first has, there is none.
+    """
+
+    def __init__(self, n_intents: int, fixed: int | None = None, stability: int = 0):
+        self.n_intents, self.fixed, self.stability = n_intents, fixed, stability
+        self.reset()
+
+    def reset(self):
+        self.goal = np.zeros((1, self.n_intents), np.float32)
+        if self.fixed is not None:
+            self.goal[0, self.fixed] = 1
+        self.named, self.frames = None, 0  # the last intent, and on how many frames in a row it was named
+
+    def step(self, intent_logits: np.ndarray):
+        """Take what the network named on a frame, (G,); the goal is that of the next frame."""
+        named = int(intent_logits.argmax())
+        self.frames = self.frames + 1 if named == self.named else 1
+        self.named = named
+        if self.stability and self.frames >= self.stability:
+            self.goal[:] = 0
+            self.goal[0, named] = 1
+
+
+def goal_settings(args: Args) -> dict:
+    """As they are written down."""
+    return {name: getattr(args, name) for name in ("goal_intent", "auto_intent", "intent_stability")}
+
+
 class Policy:
     """The exported network with its manifest. Raises ValueError or OSError naming the file that does not fit."""
 
@@ -204,6 +242,7 @@ class Policy:
             self.allowed = np.isin(self.keys, self.manifest["allowed_keys"])  # (K,) bool
             self.sha256 = self.manifest["model"]["sha256"]
             self.T = len(pixels["stack_order"])
+            self.intents = self.manifest["inputs"].get("goal", {}).get("intents", [])  # G names, none without a goal
             if not len(self.keys) == len(self.thresholds) > 0:
                 raise ValueError(f"{len(self.keys)} keys have {len(self.thresholds)} thresholds")
         except (ValueError, KeyError, TypeError) as error:
@@ -219,6 +258,7 @@ class Policy:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the game needs the processor
         self.q: np.ndarray | None = None  # (2^K,) of the last frame, with a Q head; bit k of a set's number is key k
         self.pixels: np.ndarray | None = None  # (1, T, H, W, 3) uint8, the stack, oldest first
+        self.goal_rule = GoalRule(len(self.intents))  # no goal
         try:
             self.session = ort.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own kinds
@@ -227,6 +267,23 @@ class Policy:
     def reset(self):
         """Forget the frames seen: the next one is the first."""
         self.pixels = None
+        self.goal_rule.reset()
+
+    def follow_goal(self, args: Args):
+        """Play towards the goal that `args` ask for. Raises ValueError where that cannot be."""
+        if args.intent_stability < 1 or (args.goal_intent and args.auto_intent):
+            found = f"--goal-intent {args.goal_intent} --intent-stability {args.intent_stability}"
+            found += " --auto-intent" * args.auto_intent
+            raise ValueError(f"{found}: expected a fixed goal or --auto-intent, and 1 frame or more")
+        if (args.goal_intent or args.auto_intent) and not self.intents:
+            raise ValueError(
+                f"{args.model} takes no goal, which --goal-intent and --auto-intent give it. Train with: "
+                "iql_reflex.py --intents"
+            )
+        if args.goal_intent and args.goal_intent not in self.intents:
+            raise ValueError(f"--goal-intent {args.goal_intent}: {args.model} knows {', '.join(self.intents)}")
+        fixed = self.intents.index(args.goal_intent) if args.goal_intent else None
+        self.goal_rule = GoalRule(len(self.intents), fixed, args.intent_stability if args.auto_intent else 0)
 
     def __call__(self, frame: np.ndarray) -> tuple[np.ndarray, float]:
         """The next raw frame (H, W, 3) uint8 RGB -> probability of each key (K,) float32, value. Before the first frame
@@ -236,13 +293,16 @@ class Policy:
         for t in range(self.T - 1):  # in place, as a fresh stack per frame costs its page faults
             self.pixels[0, t] = self.pixels[0, t + 1]
         self.pixels[0, -1] = frame
-        logits, _, value, *q = self.run()
-        self.q = q[0][0] if q else None
+        logits, _, value, *further = self.run()  # Q or intents
+        self.q = further[0][0] if further and not self.intents else None
+        if self.intents:
+            self.goal_rule.step(further[0][0])
         return expit(logits[0]), float(value[0])
 
     def run(self) -> list[np.ndarray]:
-        """Bare onnxruntime on the stack as it is."""
-        return self.session.run(None, {"pixels": self.pixels})
+        """Bare onnxruntime on the stack and the goal as they are."""
+        inputs = {"pixels": self.pixels} | ({"goal": self.goal_rule.goal} if self.intents else {})
+        return self.session.run(None, inputs)
 
     def decision_rule(self, args: Args) -> DecisionRule:
         """The rule that `args` ask for; keys that may not be sent are never wanted."""
@@ -347,6 +407,7 @@ def evaluate(args: Eval) -> dict:
         if not args.session.name:  # "."
             args = dataclasses.replace(args, session=args.session.resolve())
         policy = Policy(args.model, args.manifest)
+        policy.follow_goal(args)
         folders = find_sessions(args.session)
         if folders != [args.session]:
             raise ValueError(f"{args.session} holds {len(folders)} sessions. Name one: --session {folders[0]}")
@@ -398,7 +459,7 @@ def evaluate(args: Eval) -> dict:
         true = keys_any[h:]  # (N - h, K)
         before = np.concatenate([np.zeros_like(keys_any[:1]), keys_any[:-1]])[: N - h]  # known at the decision
         metrics, per_key = compare(active[: N - h], true, before, args.seed)
-        settings = rule.settings()
+        settings = rule.settings() | goal_settings(args)
         result = {
             "session": session.name,
             "model_sha256": policy.sha256,
@@ -751,6 +812,7 @@ def live(args: Live) -> dict:
     try:
         check_live(args)
         policy = Policy(args.model, args.manifest)
+        policy.follow_goal(args)
         fps = policy.fps if args.fps is None else args.fps
         if abs(fps - policy.fps) > RATE_TOLERANCE * policy.fps:
             raise ValueError(
@@ -813,7 +875,7 @@ def play(args: Live, policy: Policy, fps: float, folder: Path, decisions: list[D
     keyboard = watchdog = listener = recorder = guard = runner = bar = None
     why, bare_ms, switch_s = "", [], sys.getswitchinterval()
     rule = policy.decision_rule(args)
-    facts = {"model_sha256": policy.sha256, "settings": json.dumps(rule.settings())}
+    facts = {"model_sha256": policy.sha256, "settings": json.dumps(rule.settings() | goal_settings(args))}
     with StopSignal() as stop:
         if hasattr(signal, "SIGHUP"):  # the terminal was closed
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -1009,6 +1071,7 @@ class PolicyPlayer:
 
     def __init__(self, args: ClosedLoop, terrain=None, seed: int = 0):
         self.policy = Policy(args.model, args.manifest)
+        self.policy.follow_goal(args)
         if args.decode == "q" and "q" not in self.policy.manifest["outputs"]:
             raise ValueError(f"{args.model} has no Q head, which --decode q asks. Train with: iql_reflex.py --q-head")
         self.rule, self.names = self.policy.decision_rule(args), np.array(self.policy.keys)
@@ -1086,6 +1149,7 @@ def play_closed_loop(args: ClosedLoop) -> dict:
         settings |= {
             "threshold": args.threshold,
             "max_hold": args.max_hold,
+            **goal_settings(args),
             "replay_session": str(args.replay_session),
             "games": args.games,
         }

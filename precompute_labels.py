@@ -8,8 +8,8 @@ at a death or a win; its frames get discounted returns.
 
 Reads recording.mp4, frames.parquet, inputs.parquet of every session; writes detections.parquet (what sprites scored
 where) and events.parquet, episodes.parquet, returns.parquet beside them, these three or none. --progress-reward adds
-how far the picture scrolled, --truth truth.parquet compares with what scripted recordings know, in label_report/,
---review asks a person, on review.html. Page: docs/precompute_labels.md
+how far the picture scrolled, --labeler what the player is about to do, --truth truth.parquet compares with what
+scripted recordings know, in label_report/, --review asks a person, on review.html. Page: docs/precompute_labels.md
 """
 
 import ast
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from common.returns import discounted_returns, gamma_from_half_life
 from common.sessions import (
     EPISODES,
     EVENTS,
+    INTENT_NAMES,
     KEY_CODES,
     RETURNS,
     WIN_KEY,
@@ -41,7 +43,7 @@ from common.sessions import (
 )
 from common.template_matching import distinct, find, join, load_sprites, make_finder
 from common.video import VideoReader, grey, iter_frames
-from session_labels import calibration, files, review, scrolling, truth
+from session_labels import calibration, files, intents, review, scrolling, surroundings, truth
 from session_labels.game import Game, Rule, load_game
 from session_labels.review import Override
 from session_labels.sprites import (
@@ -140,6 +142,12 @@ class Args:
     """discount per frame, 0 to 1"""
     half_life_s: float | None = None
     """seconds after which a reward counts one half; takes the place of gamma. None: gamma as given"""
+
+    labeler: Literal["none", "keys", "supertux"] = "none"
+    """what makes intent.parquet, also where there are labels: keys, the keys of the next moments; supertux, also what
+    is near Tux, on frames as far apart as --event-stride says; none: nothing"""
+    intent_horizon_s: float = 1.0
+    """seconds of keys ahead of a frame that its intent is made of, 0 or more; never beyond the end of its episode"""
 
 
 SETTINGS = (
@@ -407,6 +415,22 @@ def as_game_says(args: Args, game: Game) -> Args:
     return replace(args, sprite_scales=args.sprite_scales or game.sprite_scales, **said)
 
 
+def sprite_folder(args: Args, paths: list[str]) -> Path:
+    """The first folder that has all sprites at `paths`. Raises FileNotFoundError naming what is missing where."""
+    game = load_game(args.game)
+    folders = [args.sprites] if args.sprites is not None else [*game.folders, args.data_dir / "sprites"]
+    if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
+        folders.append(args.data_dir.parent / "sprites")
+    missing = {f: [path for path in paths if not (f / path).exists()] for f in folders}
+    folder = next((f for f in folders if not missing[f]), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"no sprites: {' and '.join(str(f / those[0]) for f, those in missing.items())} do not exist. "
+            f"{game.missing}, or name its folder of images: --sprites FOLDER"
+        )
+    return folder
+
+
 def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     """The sprites of every event at all `scales`, from the first folder that has them all, with their thresholds.
 
@@ -414,17 +438,8 @@ def load_all_sprites(args: Args, scales: tuple[float, ...] = (1.0,)) -> Sprites:
     """
     game = load_game(args.game)
     args, rules = as_game_says(args, game), game.rules
-    folders = [args.sprites] if args.sprites is not None else [*game.folders, args.data_dir / "sprites"]
-    if args.sprites is None and (args.data_dir / "recording.mp4").exists():  # one session
-        folders.append(args.data_dir.parent / "sprites")
     paths = [path for rule in rules.values() for path in rule.sprites]
-    missing = {f: [path for path in paths if not (f / path).exists()] for f in folders}
-    folder = next((f for f in folders if not missing[f]), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"no sprites: {' and '.join(str(f / paths[0]) for f, paths in missing.items())} do not exist. "
-            f"{game.missing}, or name its folder of images: --sprites FOLDER"
-        )
+    folder = sprite_folder(args, paths)
     names, single = [Path(path).stem for path in paths], dict(game.template_thresholds)
     for word in args.template_thresholds:
         name, _, score = word.partition("=")
@@ -568,13 +583,29 @@ def find_cards(args: Args, session: Session, reader: VideoReader, device: str, m
     return review.make_cards(session, metadata, sprites, groups_at, overrides, args.event_stride)
 
 
+def known_scale(args: Args, session: Session) -> float:
+    """The size of the sprites that were found in a session, else that of --sprite-scales."""
+    found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
+    return [*found, *read_scales(args.sprite_scales), 1.0][0]
+
+
+def find_intents(args: Args, session: Session, reader: VideoReader, device: str, n_frames: int) -> np.ndarray:
+    """Make a session's intent.parquet. Returns the intents, numbers in INTENT_NAMES (n_frames,)."""
+    made_from, near = files.recording_of(session.folder, n_frames), None
+    if args.labeler == "supertux":
+        searched = {name: getattr(args, name) for name in ("event_stride", "sprite_threshold")}
+        made_from |= searched | {"scale": known_scale(args, session)}
+        eyes = surroundings.open_eyes(sprite_folder(args, surroundings.ALL), made_from["scale"], args.sprite_threshold)
+        near = surroundings.find_surroundings(reader, eyes, n_frames, args.event_stride, device, session.name)
+    return intents.label_intents(session, args.labeler, args.intent_horizon_s, made_from, near)
+
+
 def scroll(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> np.ndarray | None:
     """The camera's step into each frame (N,), in widths of the sprites that were found, else of --sprite-scales; None
     where progress is not rewarded."""
     if args.progress_reward == 0:
         return None
-    found = json.loads(files.scan_of(session.folder).get("scales", "[]")) if args.detect_events else []
-    width = load_game(args.game).sprite_width * [*found, *read_scales(args.sprite_scales), 1.0][0]
+    width = load_game(args.game).sprite_width * known_scale(args, session)
     n = int(metadata["recording_frames"])
     return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
 
@@ -706,12 +737,16 @@ def main(args: Args) -> dict:
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
         given = f"--gamma {args.gamma} --half-life-s {args.half_life_s}"
         raise SystemExit(f"{given}: expected a gamma of 0 to 1, and a half-life above 0")
+    if not args.intent_horizon_s >= 0:
+        raise SystemExit(f"--intent-horizon-s is {args.intent_horizon_s}, expected 0 or more")
     args = replace(args, data_dir=args.data_dir if args.data_dir.name else args.data_dir.resolve())  # "." has no name
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
         folders = find_sessions(args.data_dir)
         if args.truth is not None:
             truth.check_name(args.truth, folders)
+        if args.labeler == "supertux":
+            sprite_folder(args, surroundings.ALL)  # raises before the work begins
         if args.detect_events:
             drawn = load_all_sprites(args, read_scales(args.sprite_scales) or (1.0,))  # raises before the work begins
             review.import_overrides(
@@ -762,6 +797,15 @@ def main(args: Args) -> dict:
             sessions[folder.name] = {"frames": n} | {name: len(frames) for name, frames in found.items()}
             counts = ", ".join(f"{name} {len(frames)}" for name, frames in found.items())
             print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
+
+            # Intents
+            if args.labeler != "none":
+                labels = find_intents(args, session, reader, device, n)
+                shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
+                parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
+                print(f"{folder.name}: intents {', '.join(parts)}")
+            elif intents.are_outdated(folder):
+                print(f"{folder.name}: intent.parquet was made for other episodes, kept; --labeler makes it again")
 
             # Ask
             if args.review:

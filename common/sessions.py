@@ -1,9 +1,10 @@
 """Session files: what a recorded session holds, read and written in one place. The contract is docs/data.md, schema v1.
 
 A session is a folder: `recording.mp4`, `frames.parquet`, `inputs.parquet`, after labelling `detections.parquet`,
-`events.parquet`, `episodes.parquet`, `returns.parquet`, maybe `progress.parquet`, `overrides.parquet` once a person has
-judged some of it, and `truth.parquet` where the game could be asked. The older form holds the same fields as one JSON
-object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader here takes both.
+`events.parquet`, `episodes.parquet`, `returns.parquet`, maybe `progress.parquet` and `intent.parquet`,
+`overrides.parquet` once a person has judged some of it, and `truth.parquet` where the game could be asked. The older
+form holds the same fields as one JSON object a line (`frames.jsonl`, ...) and metadata in `session.json`; every reader
+here takes both.
 """
 
 import json
@@ -75,6 +76,8 @@ PROGRESS = pa.schema(
         ("progress", pa.float64()),  # sprite widths to the right since the last cut
     ]
 )
+INTENT_NAMES = ("LOOT", "EVADE", "ATTACK", "CLIMB", "LEAP", "RUN", "WAIT")  # this is their order in a goal vector
+INTENT = pa.schema([("frame_idx", pa.int64()), ("intent", pa.string()), ("timestamp", pa.int64())])
 RETURNS = pa.schema([("frame_idx", pa.int64()), ("return", pa.float64()), ("reward", pa.float64())])
 TRUTH = pa.schema([("timestamp", pa.int64()), ("what", pa.string()), ("data", pa.string())])
 
@@ -288,7 +291,8 @@ _LATER_COLUMNS = {"repeated", "source", "reward", "x", "y"}  # schema v1 added t
 _NULLABLE = _LATER_COLUMNS | {"key_code", "key_name", "state", "data"}
 _LABEL = "Make it with: python precompute_labels.py --data-dir <the folder above the session>"
 _ASK = "Take it away, and ask again with: python precompute_labels.py --review 60"
-_MEND = {"overrides": _ASK} | dict.fromkeys(("progress", "events", "episodes", "returns"), _LABEL)
+_INTENT = "Make it with: python precompute_labels.py --labeler keys --data-dir <the folder above the session>"
+_MEND = {"overrides": _ASK, "intent": _INTENT} | dict.fromkeys(("progress", "events", "episodes", "returns"), _LABEL)
 
 
 def write_table(path: Path | str, rows: dict[str, list] | pa.Table, schema: pa.Schema, metadata: dict | None = None):

@@ -62,6 +62,17 @@ def naive_key_table(session, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return state, any_down
 
 
+def naive_intents(shown: np.ndarray, signs: list[str], rules: list, horizon: int, cuts: list[int]) -> list[str]:
+    """The first of `rules` (intent, signs) of which a sign shows (N, S) in the frames from i to i + horizon, before the
+    next of `cuts`."""
+    intents = []
+    for i in range(len(shown)):
+        end = min([cut for cut in cuts if cut > i] + [len(shown), i + horizon + 1])
+        seen = {sign for s, sign in enumerate(signs) if any(shown[j, s] for j in range(i, end))}
+        intents.append(next((intent for intent, those in rules if seen & set(those.split())), "WAIT"))
+    return intents
+
+
 def naive_event_f1(predicted: np.ndarray, true: np.ndarray, change: int, tolerance: int = 1) -> float:
     """F1 of onsets or releases by the largest one-to-one matching, per key."""
     from scipy.sparse import csr_array

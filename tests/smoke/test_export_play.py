@@ -14,12 +14,14 @@ import onnxruntime as ort
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 import tyro
 
 import export_reflex
 import iql_reflex
 import play_reflex
 from common.runs import load_checkpoint, save_checkpoint
+from common.sessions import INTENT_NAMES
 from tests.synthetic import write_session
 
 ROOT = Path(iql_reflex.__file__).parent
@@ -107,6 +109,7 @@ def test_the_manifest_says_what_the_checkpoint_holds(run_dir, model):
     assert manifest["outputs"]["keys_logits"] == {"shape": ["batch", 2], "keys": ["KEY_RIGHT", "KEY_SPACE"]}
     assert manifest["outputs"]["mouse_pos"]["shape"] == ["batch", 2]
     assert manifest["outputs"]["value"]["shape"] == ["batch"]
+    assert list(manifest["inputs"]) == ["pixels"] and list(manifest["outputs"]) == ["keys_logits", "mouse_pos", "value"]
     assert (manifest["fps"], manifest["horizon"]) == (10.0, {"frames": 2, "ms": 200.0})
     assert manifest["thresholds"] == entries["thresholds"] and manifest["image_size"] == 32
     assert manifest["allowed_keys"] == entries["keys"] == ["KEY_RIGHT", "KEY_SPACE"]
@@ -147,6 +150,43 @@ def test_a_q_head_is_exported_and_chooses_among_draws(run_dir, tmp_path):
         assert keys == set(np.array(checkpoint["keys"])[best])
         chosen.add(tuple(best))
     assert len(chosen) > 1
+
+
+def test_a_policy_with_intents_is_exported_with_its_goal(run_dir, tmp_path):
+    checkpoint = load_checkpoint(run_dir / "best.pt")
+    torch.manual_seed(0)
+    sizes = checkpoint["network"] | {"n_intents": 7}
+    network = iql_reflex.ReflexNet(**sizes).eval()
+    entries = checkpoint | {"network": sizes, "model": network.state_dict(), "intents": list(INTENT_NAMES)}
+    save_checkpoint(tmp_path / "best.pt", entries)
+    output = tmp_path / "goals.onnx"
+    manifest = export_reflex.main(
+        export_reflex.Args(checkpoint=tmp_path / "best.pt", script=run_dir / "iql_reflex.py", output=output)
+    )
+    assert manifest["inputs"]["goal"]["shape"] == manifest["outputs"]["intent_logits"]["shape"] == ["batch", 7]
+    assert manifest["inputs"]["goal"]["intents"] == manifest["outputs"]["intent_logits"]["intents"]
+    assert manifest["inputs"]["goal"]["intents"] == list(INTENT_NAMES)
+
+    session, S = ort.InferenceSession(output), checkpoint["image_size"]
+    frames = np.random.default_rng(0).integers(0, 256, (3, 3, S, S, 3), np.uint8)
+    goal = np.eye(7, dtype=np.float32)[[4, 4, 0]] * [[0], [1], [1]]
+    names = [given.name for given in session.get_outputs()]
+    assert names == ["keys_logits", "mouse_pos", "value", "intent_logits"]
+    outputs = session.run(None, {"pixels": frames, "goal": goal.astype(np.float32)})
+    stacks = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(1, 2)
+    with torch.no_grad():
+        features = network.features(stacks)
+        expected = *network.heads(features, torch.from_numpy(goal).float()), network.intent_head(features)
+    for mine, true in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(mine, true.numpy(), atol=1e-4)
+
+    player = play_reflex.PolicyPlayer(play_reflex.ClosedLoop(model=output, goal_intent="LEAP"))
+    probability, _ = player.policy(frames[1, 0])
+    with torch.no_grad():
+        stack = torch.from_numpy(frames[1, 0]).permute(2, 0, 1).repeat(3, 1, 1)[None]
+        told = F.one_hot(torch.tensor([4]), 7).float()
+        expected = network.heads(network.features(stack), told)[0].sigmoid()[0]
+    np.testing.assert_allclose(probability, expected, atol=1e-4)
 
 
 def test_a_changed_copy_is_exported_with_its_own_network(run_dir, tmp_path):

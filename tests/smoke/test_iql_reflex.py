@@ -18,7 +18,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import iql_reflex
 from common.runs import load_checkpoint
-from common.sessions import EVENTS, key_table, load_session, write_table
+from common.sessions import EVENTS, INTENT, INTENT_NAMES, key_table, load_session, read_table, write_table
+from session_labels.files import recording_of
+from session_labels.intents import label_intents
 from tests.synthetic import write_session
 
 ROOT = Path(iql_reflex.__file__).parent
@@ -132,6 +134,62 @@ def test_inverse_dynamics_reads_what_moved_the_picture(tmp_path):
     assert "eval/inv_dyn_f1" not in without
     checkpoint = load_checkpoint(Path(without["run_dir"]) / "last.pt")
     assert not checkpoint["network"]["inverse_dynamics"] and not any("inverse" in name for name in checkpoint["model"])
+
+
+@pytest.fixture(scope="module")
+def with_intents(dataset, tmp_path_factory) -> Path:
+    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("with_intents") / "data")
+    for session in sorted(folder.iterdir()):
+        label_intents(load_session(session), "keys", 0.5, recording_of(session, 160))
+    return folder
+
+
+def test_plays_with_and_without_a_goal(with_intents, tmp_path):
+    settings = dict(SMALL, data_dir=str(with_intents), run_root=str(tmp_path), video_seconds=0.0)
+    result = iql_reflex.main(iql_reflex.Args(intents=True, max_updates=80, **settings))
+    assert result["eval/key_f1"] > result["eval/key_f1_always_on"]  # nothing is told
+    assert result["eval/key_ap"] > 0.9 and result["eval/key_ap_leaking_goal"] > 0.9
+    assert result["eval/intent_accuracy"] > result["eval/intent_accuracy_majority"] + 0.1
+    run_dir = Path(result["run_dir"])
+    checkpoint = load_checkpoint(run_dir / "best.pt")
+    assert checkpoint["intents"] == list(INTENT_NAMES) and checkpoint["network"]["n_intents"] == 7
+    losses = [row.value for row in tensorboard(run_dir).Scalars("train/intent_loss")]
+    assert losses[-1] < losses[0] < np.log(7) + 1
+    network = iql_reflex.ReflexNet(**checkpoint["network"])
+    network.load_state_dict(checkpoint["model"])
+
+    # the metrics by loops over the frames
+    recording = iql_reflex.load_recording(with_intents / "heldout_0", checkpoint["keys"], 2, intents=True)
+    args, N = iql_reflex.Args(image_size=32), 160
+    _, _, _, logits, told = iql_reflex.predict(network, recording, 0, N, args, torch.device("cpu"))
+    true = read_table(with_intents / "heldout_0" / "intent.parquet", INTENT)["intent"].to_pylist()
+    right = [INTENT_NAMES[logits[i].argmax()] == true[i] for i in range(2, N - 2)]
+    assert result["eval/intent_accuracy"] == pytest.approx(np.mean(right), abs=0.01)
+    counts = [true[2 : N - 2].count(name) for name in INTENT_NAMES]
+    assert result["eval/intent_accuracy_majority"] == pytest.approx(max(counts) / sum(counts))
+    on = told[2 : N - 2] > np.array(checkpoint["thresholds"])
+    f1 = iql_reflex.f1(on, recording.keys[2 : N - 2]).mean()
+    assert result["eval/key_f1_leaking_goal"] == pytest.approx(f1, abs=0.01)
+
+
+def test_intents_left_out_change_nothing(dataset, with_intents, tmp_path):
+    settings = dict(SMALL, max_updates=8, video_seconds=0.0, run_root=str(tmp_path))
+    plain, there = (
+        iql_reflex.main(iql_reflex.Args(data_dir=str(folder), **settings)) for folder in (dataset, with_intents)
+    )
+    models = [load_checkpoint(Path(run["run_dir"]) / "last.pt")["model"] for run in (plain, there)]
+    assert models[0].keys() == models[1].keys() and not any("goal" in name for name in models[0])
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not [name for name in plain if "intent" in name or "goal" in name]
+
+
+def test_resume_with_intents_equals_an_uninterrupted_run(with_intents, tmp_path):
+    settings = dict(SMALL, intents=True, data_dir=str(with_intents), run_root=str(tmp_path), video_seconds=0.0)
+    whole = iql_reflex.main(iql_reflex.Args(max_updates=12, anneal_lr=False, **settings))
+    first = iql_reflex.main(iql_reflex.Args(max_updates=6, anneal_lr=False, **settings))
+    again = iql_reflex.main(iql_reflex.Args(resume=first["run_dir"], max_updates=12))
+    models = [load_checkpoint(Path(run["run_dir"]) / "last.pt")["model"] for run in (whole, again)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 def test_checkpoint_dir_receives_every_epoch_and_keeps_another_runs(dataset, tmp_path):

@@ -33,7 +33,7 @@ OUTPUT_FOLDERS = (
 OUTPUT_FILES = (
     "run_* *.jsonl recording.mp4 frames.parquet inputs.parquet truth.parquet "
     "detections.parquet events.parquet episodes.parquet returns.parquet curves.parquet report.* "
-    "overrides.parquet overrides.json thresholds.toml review.html progress.parquet progress.png "
+    "overrides.parquet overrides.json thresholds.toml review.html progress.parquet progress.png intent.parquet "
     "closed_loop.json closed_loop.png best.mp4 median.mp4 *_closed_loop_* latency.json latency.png "
     "args.json provenance.json split.json last.pt best.pt eval.json eval.png eval.mp4 my_*.py "
     "*.onnx *_manifest.json *_eval_* preds.parquet metrics.json overlay.mp4 "

@@ -12,8 +12,10 @@ from scipy.stats import ttest_rel
 import iql_reflex as q
 from benchmarks.train import summary
 from common.runs import write_json
-from common.sessions import key_table, load_session
+from common.sessions import INTENT, INTENT_NAMES, key_table, load_session, write_table
 from common.video import VideoReader, resize
+from session_labels.files import recording_of
+from session_labels.intents import label_intents
 from tests.reference import naive_event_f1
 from tests.synthetic import write_session
 
@@ -344,3 +346,88 @@ def test_summary_of_seeds_pairs_the_arms(tmp_path):
     (folder / "eval.json").unlink()
     with pytest.raises(SystemExit, match=f"missing: .*{arm} with seed 3"):
         summary.load_runs(tmp_path / "runs")
+
+
+# intents --------------------------------------------------------------------------------------------------------------
+def intent_network() -> q.ReflexNet:
+    torch.manual_seed(0)
+    return q.ReflexNet(n_keys=2, backbone="cnn", n_intents=len(INTENT_NAMES))
+
+
+def reached(network, output) -> set[str]:
+    """The parts of the network that a gradient of `output` reaches."""
+    network.zero_grad()
+    output.square().sum().backward(retain_graph=True)
+    return {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum()}
+
+
+def test_the_goal_is_fused_into_policy_and_value_only():
+    network, pixels = intent_network().eval(), torch.randint(0, 256, (3, 9, 32, 32), dtype=torch.uint8)
+    goal = F.one_hot(torch.tensor([0, 4, 6]), len(INTENT_NAMES)).float()
+    features = network.features(pixels)
+    without, told = network.heads(features), network.heads(features, goal)
+    zeros = network.heads(features, torch.zeros_like(goal))
+    assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
+    assert [torch.equal(a, b) for a, b in zip(without, told, strict=True)] == [False, True, False]
+    assert [x.shape for x in network(pixels)] == [(3, 2), (3, 2), (3,)]
+
+    parts = {"keys": told[0], "mouse": told[1], "value": told[2], "intent": network.intent_head(features)}
+    gradients = {name: reached(network, output) for name, output in parts.items()}
+    assert gradients["keys"] == {"backbone", "keys_head", "goal_encoder"}
+    assert gradients["value"] == {"backbone", "value_head", "goal_encoder"}
+    assert gradients["mouse"] == {"backbone", "mouse_head"}
+    assert gradients["intent"] == {"backbone", "intent_head"}
+
+
+def test_a_network_without_intents_is_the_one_it_was():
+    names = {name for name, _ in q.ReflexNet(n_keys=2, backbone="cnn").named_parameters()}
+    assert not any(name.startswith(("goal", "intent")) for name in names)
+    torch.manual_seed(0)
+    plain = q.ReflexNet(n_keys=2, backbone="cnn")
+    assert plain.keys_head[0].in_features == plain.value_head[0].in_features == 512
+
+
+def test_goal_dropout_takes_whole_goals_away_in_its_share():
+    torch.manual_seed(0)
+    goal = F.one_hot(torch.arange(7000) % 7, 7).float()
+    assert torch.equal(q.drop_goals(goal, 0.0), goal) and not q.drop_goals(goal, 1.0).any()
+    kept = q.drop_goals(goal, 0.3)
+    told = kept.any(1)
+    assert torch.equal(kept[told], goal[told]) and 0.67 < told.float().mean() < 0.73
+
+
+def test_intent_loss_is_the_weighted_cross_entropy():
+    logits, intents, weights = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 4]), torch.tensor([1.0, 0, 2, 0.5, 10])
+    rows = [-float(w) * float(x.log_softmax(0)[i]) for x, i, w in zip(logits, intents, weights, strict=True)]
+    assert q.intent_loss(logits, intents, weights).item() == pytest.approx(sum(rows) / 5, rel=1e-5)
+
+
+def test_intents_of_another_recording_or_of_another_kind_are_refused(tmp_path):
+    folder = write_session(tmp_path / "run_0", 40)
+    session = load_session(folder)
+    with pytest.raises(FileNotFoundError, match="intent.parquet is missing.*--labeler keys"):
+        q.load_recording(folder, ["KEY_SPACE"], 2, intents=True)
+    recording = recording_of(folder, 40)
+    labels = label_intents(session, "keys", 1.0, recording)
+    assert q.load_recording(folder, ["KEY_SPACE"], 2, intents=True).intents.tolist() == labels.tolist()
+    assert not q.load_recording(folder, ["KEY_SPACE"], 2).intents.any()
+    label_intents(session, "keys", 1.0, recording | {"recording_bytes": 7})
+    with pytest.raises(ValueError, match="intent.parquet has 40 rows.*recording_bytes 7 .*--labeler keys"):
+        q.load_recording(folder, ["KEY_SPACE"], 2, intents=True)
+    rows = {"frame_idx": range(40), "intent": ["FLY"] * 40, "timestamp": session.timestamps}
+    write_table(folder / "intent.parquet", rows, INTENT)
+    with pytest.raises(ValueError, match="intent.parquet has .*FLY unknown intent"):
+        q.load_recording(folder, ["KEY_SPACE"], 2, intents=True)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(goal_dropout=0.1), "--intent-coef 0.25 --goal-dropout 0.1 do nothing without --intents"),
+        (dict(intents=True, q_head=True), "--intents with --q-head"),
+        (dict(intents=True, goal_dropout=1.5), "--goal-dropout 1.5: expected 0 to 1"),
+    ],
+)
+def test_flags_of_intents_that_do_not_fit(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        q.main(q.Args(data_dir=str(tmp_path), **flags))

@@ -17,7 +17,7 @@ import play_reflex as p
 from common.desktop import Ledger, Listener, PynputKeyboard, Sender, UinputKeyboard
 from common.sessions import FRAMES, INPUTS, KEY_CODES, load_session, read_table, write_table
 from tests.synthetic import write_session
-from tests.unit.test_play_reflex import KEYS, write_model
+from tests.unit.test_play_reflex import KEYS, write_goal_model, write_model
 
 H, W = 48, 64
 
@@ -100,6 +100,16 @@ def test_keys_outside_the_allow_list_never_go_out():
     keyboard = FakeKeyboard()
     steps(make_runner(FakeScreen([90] * 4), keyboard, allowed=np.array([True, False, True])), 4)
     assert {name for _, name, _ in keyboard.sent} == {KEYS[0], KEYS[2]}
+
+
+def test_an_intent_named_often_enough_becomes_the_goal(tmp_path):
+    model, keyboard = write_goal_model(tmp_path), FakeKeyboard()
+    policy = p.Policy(model)
+    policy.follow_goal(p.Live(model=model, auto_intent=True, intent_stability=2))
+    rule, screen = p.DecisionRule(np.full(3, 0.5), debounce=1), FakeScreen([120, 120, 120, 20, 20, 20])
+    decisions = steps(p.LiveRunner(policy, rule, KEYS, np.ones(3, bool), screen, keyboard, fps=1000.0), 6)
+    expected = [set(), set(), {"KEY_X"}, {"KEY_X"}, {"KEY_X"}, {"KEY_RIGHT"}]
+    assert [set(decision.held) for decision in decisions] == expected
 
 
 def test_a_key_held_too_long_goes_up_for_one_decision():
@@ -394,6 +404,8 @@ def test_latency_by_hand():
         ({"panic_key": "KEY_SPACE"}, "--panic-key KEY_SPACE: expected a key that no game plays with"),
         ({"fps": 30.0}, "--fps 30: the model was trained at 10 frames a second"),
         ({"fps": 5.0}, "--fps 5: the model was trained at 10"),
+        ({"auto_intent": True}, "means.onnx takes no goal, which --goal-intent and --auto-intent give it"),
+        ({"auto_intent": True, "goal_intent": "LEAP"}, "expected a fixed goal or --auto-intent"),
     ],
 )
 def test_flags_that_cannot_be_met_are_named(tmp_path, fields, words):

@@ -20,6 +20,51 @@ from tests.synthetic import write_session
 KEYS = ["KEY_RIGHT", "KEY_SPACE", "KEY_X"]
 
 
+INTENTS = ["RUN", "LEAP", "WAIT"]
+
+
+def write_goal_model(folder: Path) -> Path:
+    """A model that presses keys by its goal and by the last frame's mean, a level: key g is likely (logit 5) where goal
+    g is told, else not (-5). It names intent 0, 1 or 2 for levels below 50, 100 and above."""
+    constants = {"axes": np.array([1, 2, 3]), "last": np.array(2), "ten": np.float32(10), "five": np.float32(5)}
+    constants |= {"centres": np.array([[25, 75, 125]], np.float32), "one": np.array([1]), "two": np.array([2])}
+    constants |= {"zero": np.array([0])}
+    nodes = [
+        helper.make_node("Mul", ["goal", "ten"], ["tens"]),
+        helper.make_node("Sub", ["tens", "five"], ["keys_logits"]),
+        helper.make_node("Slice", ["keys_logits", "zero", "two", "one"], ["mouse_pos"]),
+        helper.make_node("ReduceMean", ["goal", "one"], ["value"], keepdims=0),
+        helper.make_node("Gather", ["pixels", "last"], ["frame"], axis=1),
+        helper.make_node("Cast", ["frame"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "axes"], ["level"], keepdims=0),  # (B,)
+        helper.make_node("Unsqueeze", ["level", "one"], ["column"]),
+        helper.make_node("Sub", ["column", "centres"], ["apart"]),
+        helper.make_node("Abs", ["apart"], ["distance"]),
+        helper.make_node("Neg", ["distance"], ["intent_logits"]),
+    ]
+    initializers = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    inputs = [
+        helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, "height", "width", 3]),
+        helper.make_tensor_value_info("goal", TensorProto.FLOAT, ["batch", 3]),
+    ]
+    shapes = {"keys_logits": 3, "mouse_pos": 2, "value": None, "intent_logits": 3}
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size] if size else ["batch"])
+        for name, size in shapes.items()
+    ]
+    graph = helper.make_graph(nodes, "goals", inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    write_model(folder)
+    path, content = folder / "goals.onnx", model.SerializeToString()
+    path.write_bytes(content)
+    manifest = json.loads((folder / "means_manifest.json").read_text())
+    manifest["model"]["sha256"] = hashlib.sha256(content).hexdigest()
+    manifest["inputs"]["goal"] = {"shape": ["batch", 3], "intents": INTENTS}
+    manifest["outputs"]["intent_logits"] = {"shape": ["batch", 3], "intents": INTENTS}
+    (folder / "goals_manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
 def write_model(folder: Path, threshold: float = 0.5, fps: float = 10.0, keys=KEYS, **changes) -> Path:
     """A model whose logit k is the mean of frame k of the stack, minus 60."""
     nodes = [
@@ -104,6 +149,72 @@ def test_decision_rule_by_hand():
     assert held([(0.5, 0.51, 0)], debounce=1) == ["b"]  # above the threshold, not at it
     assert held([(0.7, 0.9, 0.8), (0.7, 0.9, 0.6)], debounce=1, max_keys=2) == ["bc", "ab"]
     assert held([(0.7, 0.9, 0.8)], debounce=1, max_keys=0) == ["abc"]
+
+
+# goals ----------------------------------------------------------------------------------------------------------------
+def goals_told(levels, stability: int) -> list[int | None]:
+    """By definition: the goal at frame i is the last intent that was named on `stability` frames in a row before i."""
+    named = [min(level // 50, 2) for level in levels]
+    ends = [[j for j in range(stability, i + 1) if len(set(named[j - stability : j])) == 1] for i in range(len(levels))]
+    return [named[those[-1] - 1] if those else None for those in ends]
+
+
+def keys_by_goal(model: Path, levels, **flags) -> list[int | None]:
+    """Which key a policy finds likely on grey frames of the given levels."""
+    policy = p.Policy(model)
+    policy.follow_goal(p.Eval(model=model, session=Path("unused"), **flags))
+    wanted = [np.flatnonzero(policy(np.full((8, 8, 3), level, np.uint8))[0] > 0.5).tolist() for level in levels]
+    assert all(len(keys) <= 1 for keys in wanted) and policy.q is None
+    policy.reset()
+    assert policy.goal_rule.goal.argmax() == policy.goal_rule.fixed or not policy.goal_rule.goal.any()
+    return [keys[0] if keys else None for keys in wanted]
+
+
+@pytest.mark.parametrize("stability", [1, 2, 5])
+def test_the_intent_that_was_named_often_enough_becomes_the_goal(tmp_path, stability):
+    model, rng = write_goal_model(tmp_path), np.random.default_rng(stability)
+    levels = np.repeat(rng.choice([10, 40, 60, 90, 110, 140], 60), rng.integers(1, 8, 60)).tolist()
+    told = keys_by_goal(model, levels, auto_intent=True, intent_stability=stability)
+    assert told == goals_told(levels, stability)
+    assert set(told) == {None, 0, 1, 2}
+
+
+def test_a_fixed_goal_stays_and_none_is_none(tmp_path):
+    model = write_goal_model(tmp_path)
+    assert keys_by_goal(model, [10, 120, 70] * 4, goal_intent="LEAP") == [1] * 12
+    assert keys_by_goal(model, [10, 10, 10] * 4) == [None] * 12
+
+
+def test_goals_that_cannot_be_are_refused(tmp_path):
+    model, plain = write_goal_model(tmp_path), write_model(tmp_path)
+
+    def follow(model, **flags):
+        p.Policy(model).follow_goal(p.Eval(model=model, session=tmp_path, **flags))
+
+    with pytest.raises(ValueError, match="means.onnx takes no goal, which --goal-intent.*iql_reflex.py --intents"):
+        follow(plain, goal_intent="LEAP")
+    with pytest.raises(ValueError, match="means.onnx takes no goal"):
+        follow(plain, auto_intent=True)
+    follow(plain)
+    with pytest.raises(ValueError, match="--goal-intent FLY: .*goals.onnx knows RUN, LEAP, WAIT"):
+        follow(model, goal_intent="FLY")
+    with pytest.raises(ValueError, match="--goal-intent LEAP --intent-stability 5 --auto-intent: expected a fixed"):
+        follow(model, goal_intent="LEAP", auto_intent=True)
+    with pytest.raises(ValueError, match="--intent-stability 0"):
+        follow(model, auto_intent=True, intent_stability=0)
+
+
+def test_a_goal_reaches_eval_and_closed_loop(tmp_path):
+    model, session = write_goal_model(tmp_path), write_session(tmp_path / "run_0", 20, labels=False)
+    result = p.evaluate(p.Eval(model=model, session=session, goal_intent="LEAP", video=False))
+    assert result["settings"]["goal_intent"] == "LEAP" and result["settings"]["auto_intent"] is False
+    table = pq.read_table(tmp_path / "goals_eval_run_0" / "preds.parquet")
+    assert table["active"].to_pylist()[2:] == [["KEY_SPACE"]] * 18
+    with pytest.raises(SystemExit, match="--goal-intent FLY"):
+        p.evaluate(p.Eval(model=model, session=session, goal_intent="FLY", overwrite=True))
+    player = p.PolicyPlayer(p.ClosedLoop(model=model, auto_intent=True, intent_stability=2, debounce=1))
+    frames = [np.full((8, 8, 3), level, np.uint8) for level in (120, 120, 120, 20)]
+    assert [next(player.step(f, None, 0.1 * i))[1] for i, f in enumerate(frames)] == [set(), set()] + [{"KEY_X"}] * 2
 
 
 # the policy -----------------------------------------------------------------------------------------------------------
