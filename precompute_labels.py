@@ -760,6 +760,9 @@ def main(args: Args) -> dict:
             args = replace(args, template_thresholds=single)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before the first session; what was searched for --event-free need not be again")
+        raise SystemExit(130) from None
 
     sessions, failures, done, stopped = {}, [], {"labelled": 0, "kept": 0}, False
     cards, compared, curves = [], [], []
