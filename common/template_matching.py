@@ -91,9 +91,10 @@ def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: boo
         with Image.open(path) as image:
             image = image.convert("RGBA")
         w, h = math.ceil(image.width * scale), math.ceil(image.height * scale)
-        canvas = Image.new("RGBA", (round(w / scale), round(h / scale)))  # so that an odd size is scaled exactly, too
+        exact = (0, 0, w / scale, h / scale)  # what is scaled to w, h: the image, and less than a pixel beside it
+        canvas = Image.new("RGBA", (math.ceil(exact[2]), math.ceil(exact[3])))
         canvas.paste(image)
-        rgba = np.asarray(canvas.resize((w, h), Image.BILINEAR))  # (h, w, 4), antialiased like the frames
+        rgba = np.asarray(canvas.resize((w, h), Image.BILINEAR, exact))  # (h, w, 4), antialiased like the frames
         grey, mask = rgba[..., :3] @ np.array([0.299, 0.587, 0.114]), rgba[..., 3] > 255 * alpha  # (h, w) each
         names, greys, masks = names + [str(path)], greys + [grey], masks + [mask]
         if mirror:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.template_matching import Finder, find
 from common.video import VideoReader, grey, iter_frames
@@ -93,35 +92,29 @@ def find_scale(
     bar: Callable = iter,
     roi: Roi | None = None,
 ) -> float | None:
-    """The size at which the recording shows the sprites: that of the highest score in a sample of its frames, None if
-    no sprite scores `threshold` in two of them. 1 is tried first, then frames scaled the other way by SCALES, then
-    sprites scaled by what lies around the best of these, in the frames that it was seen in. `load` makes the sprites
-    at some sizes."""
+    """The size at which the recording shows the sprites: that of the highest scores in a sample of its frames, None if
+    no sprite scores `threshold` in two of them. 1 is tried first, then SCALES, then what lies around the best of these,
+    in the frames that it was seen in. `load` makes the sprites at some sizes."""
     stride = max(1, n_frames // SAMPLE)
-    sample = [grey(crop(frames, roi)).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
-    frames, drawn = torch.cat(sample)[:, None], load((1.0,))  # (n, 1, H, W)
-    largest = [max(template.shape[i] for template in drawn.finder.bank.templates) for i in (0, 1)]
+    frames = torch.cat(
+        [grey(crop(frames, roi)).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
+    )  # (n, H, W)
 
-    def best_scores(scale: float) -> list[float]:  # of each frame
-        size = [round(side / scale) for side in frames.shape[2:]]
-        if size[0] < largest[0] or size[1] < largest[1]:
-            return [0.0]
+    def best_scores(scale: float, frames: torch.Tensor) -> list[float]:  # of each frame
+        finder = load((scale,)).finder
+        if any(h > frames.shape[1] or w > frames.shape[2] for h, w in (t.shape for t in finder.bank.templates)):
+            return [0.0] * len(frames)
         parts = (part.to(device).float() for part in frames.split(8))
-        if scale != 1:
-            parts = (F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts)
-        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part[:, 0], drawn.finder)]
+        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, finder)]
 
-    best = {1.0: best_scores(1.0)}
-    if max(best[1.0]) < CLEAR:
-        best |= {scale: best_scores(scale) for scale in bar(SCALES)}
-    scale = max(best, key=lambda scale: max(best[scale]))
+    best = {1.0: best_scores(1.0, frames)}
     if max(best[1.0]) >= CLEAR:
         return 1.0
-    if sum(score >= threshold for score in best[scale]) < 2:  # one may be chance
+    best |= {scale: best_scores(scale, frames) for scale in bar(SCALES)}
+    scale = max(best, key=lambda scale: sum(sorted(best[scale])[-2:]))  # a single frame may be chance
+    clearest = frames[np.argsort(best[scale])[-SURE:]]
+    fine = {at: best_scores(at, clearest) for at in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]}
+    scale = max(fine, key=lambda scale: sum(fine[scale]))
+    if sum(score >= threshold for score in fine[scale]) < 2:
         return 1.0 if max(best[1.0]) >= threshold else None
-    clearest = frames[np.argsort(best[scale])[-SURE:], 0].to(device).float()
-    fine = {}
-    for around in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]:
-        hits = find(clearest, load((around,)).finder)
-        fine[around] = max((those[0][0] for those in hits if those), default=0.0)
-    return max(fine, key=fine.get)
+    return scale

@@ -809,8 +809,9 @@ def test_ctrl_c_lets_workers_clean_up(tmp_path, monkeypatch):
 
 
 def wait_until(what):
-    end = time.monotonic() + 60
-    while not what() and time.monotonic() < end:
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end
         time.sleep(0.01)
 
 
@@ -851,7 +852,6 @@ def test_ctrl_c_ends_workers(dataset, to, when):
     assert out.splitlines()[-1].startswith("6 sessions: none labelled; stopped by Ctrl-C")
     assert "Traceback" not in err and "leaked" not in err
     wait_until(lambda: not group_lives(process.pid))
-    assert not group_lives(process.pid)
     assert not list(dataset.glob("run_*/.*"))
     assert {path.name: path.read_bytes() for path in (dataset / "run_a").glob("*.parquet")} == before
     searched = {path: path.stat().st_mtime_ns for path in dataset.glob("run_*/detections.parquet")}

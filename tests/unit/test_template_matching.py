@@ -235,6 +235,17 @@ def test_alpha_says_which_pixels_count(tmp_path):
     assert count == [72, 72, 45, 45]
 
 
+@pytest.mark.parametrize("scale", [0.927, 1.01, 1.17, 1.236, 1.26])
+def test_a_sprite_is_scaled_exactly(tmp_path, scale):
+    """Its size in whole pixels says less: 33 pixels of 1.26 are 42, which would be 1.27 times as many."""
+    wave = np.tile(np.sin(2 * np.pi * (np.arange(33) + 0.5) / 6), (13, 1))
+    Image.fromarray((127 + 100 * wave).astype(np.uint8)).convert("RGBA").save(tmp_path / "a.png")
+    bank = load_sprites(tmp_path, scale)
+    found = bank.templates[0].numpy()[bank.masks[0].numpy() > 0]
+    x = np.nonzero(bank.masks[0].numpy())[1]
+    assert np.corrcoef(found, np.sin(2 * np.pi * (x + 0.5) / scale / 6))[0, 1] > 0.99
+
+
 def test_mirror_adds_the_flipped_sprite(tmp_path):
     save_sprite(tmp_path / "a.png", np.random.default_rng(7))
     bank = load_sprites([tmp_path / "a.png"], scale=1, mirror=True)
