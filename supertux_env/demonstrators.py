@@ -89,6 +89,9 @@ class Eyes:
         """Where the camera is, from where Tux is drawn: around his last place on the screen; at first, and after a
         picture in which he was not found, everywhere."""
         H, W = grey.shape
+        if self.camera is not None and y + SUITS[self.suit][0] > TILE * len(self.terrain.solid):
+            self.seen = False  # he falls out of the level: to look everywhere would cost half a second of frames
+            return
         y0, y1, x0, x1 = 0, H, 0, W
         if self.camera is not None and self.seen:
             left, top = int(self.tux_xy[0]) // 2, int(y - self.camera[1]) // 2
