@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.template_matching import Finder, find
 from common.video import VideoReader, grey, iter_frames
@@ -16,7 +17,8 @@ KEPT = 0.1  # below the threshold: what scores this is in detections.parquet, to
 SCALES = tuple(round(0.5 * 1.05**k, 2) for k in range(29))  # 0.5 to 1.96: sizes of sprites that are tried
 CLEAR = 0.95  # score that a sprite of the right size has somewhere; 4 % larger or smaller it has less
 Roi = tuple[int, int, int, int]  # region of interest: left, top, width, height in pixels of the recording
-SAMPLE, SURE = 60, 8  # frames in which the size is looked for, and looked at again
+SMALL = 0.8  # sprites of less are looked for as drawn, in enlarged frames
+SAMPLE, SURE = 60, 16  # frames in which the size is looked for, and looked at again
 
 
 @dataclass
@@ -92,13 +94,14 @@ def find_scale(
     bar: Callable = iter,
     roi: Roi | None = None,
 ) -> float | None:
-    """The size at which the recording shows the sprites: that of the highest scores in a sample of its frames, None if
-    no sprite scores `threshold` in two of them. 1 is tried first, then SCALES, then what lies around the best of these,
-    in the frames that it was seen in. `load` makes the sprites at some sizes."""
+    """The size at which the recording shows the sprites: at which they score the most above `threshold` in a sample of
+    its frames, None if they reach it in less than two of them. 1 is tried first, then SCALES, then what lies around
+    the best of these, in the frames that it was seen in. `load` makes the sprites at some sizes."""
     stride = max(1, n_frames // SAMPLE)
     frames = torch.cat(
         [grey(crop(frames, roi)).byte() for _, frames in iter_frames(reader, stop=n_frames, stride=stride)]
     )  # (n, H, W)
+    drawn = load((1.0,)).finder
 
     def best_scores(scale: float, frames: torch.Tensor) -> list[float]:  # of each frame
         finder = load((scale,)).finder
@@ -107,14 +110,26 @@ def find_scale(
         parts = (part.to(device).float() for part in frames.split(8))
         return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, finder)]
 
+    def best_scores_enlarged(scale: float) -> list[float]:  # the same, faster for sprites too small for coarse to fine
+        size = [round(side / scale) for side in frames.shape[1:]]
+        parts = (part[:, None].to(device).float() for part in frames.split(8))
+        parts = (F.interpolate(part, size, mode="bilinear", antialias=True)[:, 0] for part in parts)
+        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, drawn)]
+
+    def excess(scores: list[float]) -> float:  # of frames that show a sprite; what scores less is some background
+        return sum(max(0.0, score - threshold) for score in scores)
+
     best = {1.0: best_scores(1.0, frames)}
     if max(best[1.0]) >= CLEAR:
         return 1.0
-    best |= {scale: best_scores(scale, frames) for scale in bar(SCALES)}
-    scale = max(best, key=lambda scale: sum(sorted(best[scale])[-2:]))  # a single frame may be chance
+    best |= {
+        scale: best_scores_enlarged(scale) if scale < SMALL else best_scores(scale, frames) for scale in bar(SCALES)
+    }
+    scale = max(best, key=lambda scale: (excess(best[scale]), sum(sorted(best[scale])[-2:])))
     clearest = frames[np.argsort(best[scale])[-SURE:]]
-    fine = {at: best_scores(at, clearest) for at in [round(scale * (1 + k / 100), 3) for k in range(-4, 5)]}
-    scale = max(fine, key=lambda scale: sum(fine[scale]))
-    if sum(score >= threshold for score in fine[scale]) < 2:
+    around = [round(scale * (1 + k / 200), 3) for k in range(-7, 8)]  # 0.5 % apart
+    fine = {at: best_scores(at, clearest) for at in around}
+    scale = max(fine, key=lambda scale: excess(fine[scale]))
+    if sum(score >= threshold for score in fine[scale]) < 2:  # one may be chance
         return 1.0 if max(best[1.0]) >= threshold else None
     return scale
