@@ -39,7 +39,12 @@ NEAR = 0.95  # times that score: from there on a closer look decides
 CELLS = 24  # opaque pixels that a small template has at least
 SHARED = 0.8  # of their opaque pixels that templates have in common at least to be looked for with one mask
 AROUND = 2  # pixels around a place that a closer look compares
+CACHED_PIXELS = 2**18  # of frames that are looked at together on a CPU: more leave its cache
 WINDOW_PIXELS = 4 * 2**20  # that it compares at once
+
+# glibc hands freed memory back and fetches it again page by page, for every frame: a third of the time of a search at
+# full size. Once a block of this size was freed, it keeps smaller ones (mallopt(3), M_MMAP_THRESHOLD).
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 @dataclass
@@ -229,6 +234,7 @@ class Look:
     wanted: list[int] = field(default_factory=list)  # W indices into that bank
     bank: Bank = field(default_factory=lambda: Bank([], [], [], []))  # the templates made smaller
     near: list[float] = field(default_factory=list)  # W scores from which a closer look decides
+    beside: list[torch.Tensor] = field(default_factory=list)  # W times (R, 2) y, x: opaque, but not in a shared mask
 
 
 @dataclass
@@ -315,9 +321,13 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
             if min(scores) >= RECOGNISABLE:
                 near_here = [min(NEAR * score, near[1][t].item()) for t, score in zip(group, scores, strict=True)]
                 look, those = looks[factor], [(*pair, score) for pair, score in zip(small, near_here, strict=True)]
+                beside = [torch.zeros(0, 2, dtype=torch.int64)] * len(group)
                 break
         else:
-            look, those = looks[1], [(*full[t], near[1][t].item() - SCORE_ERROR) for t in group]
+            # a frame varies less under a part of a mask, so that no place is missed
+            look, those = looks[1], [(full[t][0], shared, near[1][t].item() - SCORE_ERROR) for t in group]
+            beside = [(full[t][1] > shared).nonzero() for t in group]
+        look.beside += beside
         for t, (template, mask, score) in zip(group, those, strict=True):
             m = next((m for m, known in enumerate(look.bank.masks) if torch.equal(mask, known)), len(look.bank.masks))
             look.bank.masks += [mask] if m == len(look.bank.masks) else []
@@ -338,10 +348,11 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
 def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
     """Where `frames` (N, H, W) of the look's size may show one of its templates: (K, 4) int64 of frame, template of the
     bank, y, x."""
-    if frames.device.type == "cpu" and len(frames) > 1:  # one by one they stay in the cache
-        parts = [first_look(frame[None], look) for frame in frames]
+    at_once = max(1, CACHED_PIXELS // frames[0].numel()) if frames.device.type == "cpu" else len(frames)
+    if len(frames) > at_once:
+        parts = [first_look(some, look) for some in frames.split(at_once)]
         for n, part in enumerate(parts):
-            part[:, 0] = n
+            part[:, 0] += n * at_once
         return torch.cat(parts)
     deviations, places = {}, []  # per mask; per template
     maps = _correlations(frames, look.bank, range(len(look.wanted)), torch.float32)
@@ -349,7 +360,17 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
         m = look.bank.mask_of[i]
         if m not in deviations:
             deviations[m] = (variance - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
-        n, y, x = (correlation >= look.near[i] * deviations[m]).nonzero().unbind(1)
+        above = torch.sub(correlation, deviations[m], alpha=look.near[i])
+        n, y = (above.amax(2) >= 0).nonzero().unbind(1)  # few rows: a search of all positions takes longer
+        row, x = (above[n, y] >= 0).nonzero().unbind(1)
+        n, y = n[row], y[row]
+        r = look.beside[i].to(frames.device)  # (R, 2)
+        if 0 < len(n) * len(r) <= WINDOW_PIXELS:  # sums of squares of parts add up to no more than that of the whole
+            pixels = frames[n[:, None], y[:, None] + r[:, 0], x[:, None] + r[:, 1]]  # (K, R)
+            more = (pixels.square().mean(1) - pixels.mean(1).square()) * (len(r) / look.bank.masks[m].sum())
+            spread = (variance[n, y, x] + more - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
+            near = correlation[n, y, x] >= look.near[i] * spread
+            n, y, x = n[near], y[near], x[near]
         places.append(torch.stack([n, torch.full_like(n, look.wanted[i]), y, x], 1))
     return torch.cat(places)
 
@@ -358,8 +379,10 @@ def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tup
     """The best positions of `frames` (N, H, W) float32 within AROUND of `places` (K, 4): frame, template, y, x; `stack`
     as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
     templates, masks, sizes = (part.to(frames.device) for part in stack)
+    if not len(places):
+        return places.new_zeros(0, dtype=torch.float64), places
     (H, W), side = frames.shape[1:], 2 * AROUND + 1
-    h, w = sizes[places[:, 1]].amax(0).tolist() if len(places) else (1, 1)
+    h, w = sizes[places[:, 1]].amax(0).tolist()
     at_once = max(1, WINDOW_PIXELS // (side**2 * h * w))
     if len(places) > at_once:
         parts = [closer_look(frames, part, stack) for part in places.split(at_once)]
@@ -369,12 +392,15 @@ def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tup
     rows = (y[:, None] + torch.arange(-AROUND, h + AROUND, device=frames.device)).clamp_(0, H - 1)
     columns = (x[:, None] + torch.arange(-AROUND, w + AROUND, device=frames.device)).clamp_(0, W - 1)
     crops = frames[n[:, None, None], rows[:, :, None], columns[:, None]].double()  # (K, h + 2 AROUND, w + 2 AROUND)
-    both = torch.stack([part[t, :h, :w].flatten(1) for part in (templates, masks)], 2)  # (K, h w, 2)
-    count = both[:, :, 1].sum(1, keepdim=True)  # (K, 1)
     crops = crops - crops.mean((1, 2), keepdim=True)
-    windows = crops.unfold(1, h, 1).unfold(2, w, 1).reshape(len(places), side**2, h * w)
-    correlation, mean = (windows @ both).unbind(2)  # (K, side^2) each
-    variance = (windows.square() @ both[:, :, 1:])[..., 0] / count - (mean / count).square()
+    template, mask = templates[t, None, :h, :w], masks[t, None, :h, :w]  # (K, 1, h, w) each
+    count = mask.sum((1, 2, 3))[:, None]  # (K, 1)
+
+    def correlate(pixels, weights):  # (K, side^2)
+        return F.conv2d(pixels[None], weights, groups=len(places))[0].flatten(1)
+
+    mean = correlate(crops, mask) / count
+    correlation, variance = correlate(crops, template), correlate(crops.square(), mask) / count - mean.square()
     score = correlation / (count * variance.clamp(min=FLAT**2)).sqrt()
     score = torch.where(variance > FLAT**2, score, 0.0).clamp(-1, 1)
     top, left = (y[:, None] + steps)[:, :, None], (x[:, None] + steps)[:, None]  # (K, side, 1), (K, 1, side)
@@ -386,10 +412,11 @@ def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tup
 
 def halve(frames: torch.Tensor) -> torch.Tensor:
     """Means of 2x2 pixels of `frames` (N, H, W), whose last row or column stands for a missing one."""
-    frames, odd = frames[:, None], (frames.shape[2] % 2, frames.shape[1] % 2)
+    odd = frames.shape[2] % 2, frames.shape[1] % 2
     if any(odd):
-        frames = F.pad(frames, (0, odd[0], 0, odd[1]), mode="replicate")
-    return F.interpolate(frames, scale_factor=0.5, mode="bilinear")[:, 0]  # exact, three times as fast as avg_pool2d
+        frames = F.pad(frames[:, None], (0, odd[0], 0, odd[1]), mode="replicate")[:, 0]
+    rows = frames[:, 0::2] + frames[:, 1::2]  # three times as fast as avg_pool2d
+    return (rows[:, :, 0::2] + rows[:, :, 1::2]).mul_(0.25)
 
 
 def distinct(hits: list[tuple], height: float, width: float) -> list[tuple]:
@@ -416,6 +443,9 @@ def find(frames: torch.Tensor, finder: Finder) -> list[list[tuple[float, int, in
             places, coarse = first_look(sizes[look.factor], look), look.factor
             for factor in sorted((f for f in finder.stacks if f < coarse), reverse=True) or [1]:
                 places[:, 2:] *= coarse // factor
+                if factor == coarse:  # one place for all that are as close
+                    side = 2 * AROUND + 1
+                    places[:, 2:] = places[:, 2:] // side * side + AROUND
                 scores, places = closer_look(sizes[factor], places.unique(dim=0), finder.stacks[factor])
                 near = scores >= finder.near[factor].to(scores)[places[:, 1]]
                 scores, places, coarse = scores[near], places[near], factor

@@ -2,10 +2,10 @@
 
     python -m benchmarks.speed.template_matching
 
-Two sets of sprites: the two of a death, and all six that precompute_labels.py looks for. One frame a round, of real
-sessions. Labelling a session from its video is compared with decoding it alone, at stride 1 and at the largest stride
-that finds the same events. What `find` reports is compared with the float64 maps at full size, on frames around the
-events of the sessions. Writes results/template_matching_deaths.json, template_matching.json and labelling.json.
+Two sets of sprites: the two of a death, and all six that precompute_labels.py looks for. `find` and `match` are given
+some frames of real sessions at once, as they come from the video; OpenCV takes them one by one. Labelling a session
+from its video is compared with decoding it alone, at stride 1 and at the largest stride that finds the same events.
+What `find` reports is compared with the float64 maps at full size, on frames around the events of the sessions. Writes results/template_matching_deaths.json, template_matching.json and labelling.json.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ class Args:
     data_dir: Path = Path("sample_dataset")
     """folder of sessions, all of one size"""
     rounds: int = 24
-    """frames that are searched"""
+    """of each comparison"""
+    frames: int = 8
+    """that are searched in a round"""
     detections: int = 500
     """of the float64 maps, with which `find` is compared"""
     labelled: int = 2
@@ -134,9 +136,10 @@ def main(args: Args):
         raise SystemExit(f"{args.data_dir} holds no */recording.mp4, expected sessions. Name a folder: --data-dir DIR")
     sprites = precompute_labels.load_all_sprites(precompute_labels.Args(data_dir=args.data_dir))
     bank = sprites.finder.bank
-    frames = read_frames(files, args.rounds + 1, np.random.default_rng(args.seed))  # one more to warm up
+    count = args.frames * (args.rounds + 1)  # one round more to warm up
+    rounds = read_frames(files, count, np.random.default_rng(args.seed)).split(args.frames)
     folders = [file.parent for file in files]
-    more = {"frame": list(frames.shape[1:]), "agreement": agreement(folders, sprites, args.detections)}
+    more = {"frames": list(rounds[0].shape), "agreement": agreement(folders, sprites, args.detections)}
     deaths = [t for t, event in enumerate(sprites.events) if event == "DEATH"]
     for name, wanted, least in (
         ("template_matching_deaths", deaths, 25),
@@ -146,14 +149,14 @@ def main(args: Args):
         coarse, full = (make_finder(part, [0.75] * len(wanted), factors) for factors in ((4, 2), ()))
         search = opencv_search(part)
         ways = {
-            "OpenCV, masked": lambda n, search=search: search(frames[n].numpy()),
-            "find": lambda n, coarse=coarse: find(frames[n : n + 1], coarse),
-            "find at full size alone": lambda n, full=full: find(frames[n : n + 1], full),
-            "match": lambda n, part=part: match(frames[n : n + 1], part),
+            "OpenCV, masked": lambda n, search=search: [search(frame.numpy()) for frame in rounds[n]],
+            "find": lambda n, coarse=coarse: find(rounds[n], coarse),
+            "find at full size alone": lambda n, full=full: find(rounds[n], full),
+            "match": lambda n, part=part: match(rounds[n], part),
         }
         looks = {look.factor: [part.names[t] for t in look.wanted] for look in coarse.looks}
         targets = [("find", "OpenCV, masked", least), ("find at full size alone", "OpenCV, masked", 4.5)]
-        report(name, run_in_turn(ways, args.rounds), 1, "frames", targets, more | {"first_look": looks})
+        report(name, run_in_turn(ways, args.rounds), args.frames, "frames", targets, more | {"first_look": looks})
 
     sessions = folders[: args.labelled]
     strides = {folder: same_events(folder, sprites, (1, 2, 3, 4, 5)) for folder in sessions}

@@ -336,6 +336,22 @@ def test_find_reports_what_the_float64_maps_have(kind, factors):
             assert near and max(near)[0] >= scores[y, x] - 1e-4
 
 
+def test_find_misses_no_perfect_match_of_templates_that_share_a_mask():
+    """At full size, where a tenth of the pixels of either is beside the shared mask and varies more than the rest."""
+    rng = np.random.default_rng(35)
+    mask = sprite(rng, 24, 30)[1]
+    left, right = mask & (np.arange(30) > 5), mask & (np.arange(30) < 24)
+    greys = [np.where(left & right, rng.uniform(90, 150, mask.shape), rng.uniform(0, 255, mask.shape)) for _ in "ab"]
+    bank = make_bank(list("ab"), greys, [left, right])
+    finder = make_finder(bank, [0.999] * 2, ())
+    assert len(finder.looks[0].bank.masks) == 1 and all(40 < len(beside) < 70 for beside in finder.looks[0].beside)
+    for ground in difficult_frames(rng, 61, 83).values():
+        paste(ground, 5, 4, greys[0], left, 1)
+        paste(ground, 30, 50, greys[1], right, 1)
+        (hits,) = find(torch.from_numpy(ground).float()[None], finder)
+        assert sorted(hit[1:] for hit in hits) == [(0, 5, 4), (1, 30, 50)]
+
+
 @pytest.mark.parametrize("size", [(61, 83), (2, 3), (1, 2), (37, 1)])
 def test_find_takes_templates_of_any_size(size):
     """From the whole frame to two pixels, in frames of which a part is flat."""
