@@ -5,7 +5,8 @@
 Two sets of sprites: the two of a death, and all six that precompute_labels.py looks for. `find` and `match` are given
 some frames of real sessions at once, as they come from the video; OpenCV takes them one by one. Labelling a session
 from its video is compared with decoding it alone, at stride 1 and at the largest stride that finds the same events.
-What `find` reports is compared with the float64 maps at full size, on frames around the events of the sessions. Writes results/template_matching_deaths.json, template_matching.json and labelling.json.
+What `find` reports is compared with the float64 maps at full size, on frames around the events of the sessions. Writes
+results/template_matching_deaths.json, template_matching.json and labelling.json.
 """
 
 from dataclasses import dataclass
