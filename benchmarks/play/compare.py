@@ -4,8 +4,9 @@ Models of one way (other seeds of the training, say) carry the same name.
 
     python benchmarks/play/compare.py --models awr=awr_1.onnx awr=awr_2.onnx bc=bc_1.onnx bc=bc_2.onnx iql+q=iql_1.onnx
 
-`+q` and `+sample` after a name are the ways of play_reflex.py's --decode. Out: benchmarks/results/closed_loop_arms.json
-and docs/closed_loop_arms.png. Needs SuperTux and Xvfb.
+`+q` and `+sample` after a name are the ways of play_reflex.py's --decode, `+auto` is its --auto-intent, and an intent,
+as in `+LEAP`, its --goal-intent. Out: benchmarks/results/closed_loop_arms.json and docs/closed_loop_arms.png. Needs
+SuperTux and Xvfb.
 """
 
 import itertools
@@ -30,7 +31,7 @@ from supertux_env import closed_loop  # noqa: E402
 @dataclass
 class Args:
     models: tuple[str, ...]
-    """<way>=<file.onnx>; a way that ends in +q or +sample is played so"""
+    """<way>=<file.onnx>; a way that ends in +q, +sample, +auto or an intent such as +LEAP is played so"""
     level: str = "generated:0-9"
     """as of play_reflex.py closed-loop"""
     episodes: int = 20
@@ -82,10 +83,12 @@ def main(args: Args) -> dict:
     try:
         for number, model in enumerate(args.models):
             way, _, path = model.partition("=")
-            decode = way.partition("+")[2] or "threshold"
-            if not path or decode not in ("threshold", "sample", "q"):
-                raise ValueError(f"{model}: expected <way>=<file.onnx>, of which only +q and +sample may end the way")
-            rule = {"debounce": args.debounce, "max_hold": args.max_hold, "decode": decode}
+            ending = way.partition("+")[2]
+            if not path:
+                raise ValueError(f"{model}: expected <way>=<file.onnx>")
+            how = {"": {}, "q": {"decode": "q"}, "sample": {"decode": "sample"}, "auto": {"auto_intent": True}}
+            how = how.get(ending, {"goal_intent": ending})
+            rule = {"debounce": args.debounce, "max_hold": args.max_hold, **how}
             settings = play_reflex.ClosedLoop(model=Path(path), level=args.level, **rule)
             policies[path] = play_reflex.PolicyPlayer(settings).policy
             players[f"{way} {number}"] = partial(play_reflex.PolicyPlayer, settings)

@@ -288,7 +288,7 @@ def test_ways_are_compared_by_the_mean_of_their_models():
 def test_what_cannot_be_compared_is_named(tmp_path):
     slow, model = write_model(tmp_path / "slow", fps=5.0), write_model(tmp_path / "model")
     for models, words in [
-        ((f"bc+best={model}",), "expected <way>=<file.onnx>"),
+        ((f"bc+LEAP={model}",), "takes no goal"),
         ((str(model),), "expected <way>=<file.onnx>"),
         ((f"iql+q={model}",), "has no Q head"),
         ((f"a={model}", f"b={slow}"), r"\[5.0, 10.0\] frames a second, expected one rate"),
