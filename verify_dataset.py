@@ -38,6 +38,10 @@ from common.video import VideoReader, iter_frames
 
 RECORDED = {"frames": sessions.FRAMES, "inputs": sessions.INPUTS, "truth": sessions.TRUTH}
 LABELS = {"events": sessions.EVENTS, "episodes": sessions.EPISODES, "returns": sessions.RETURNS}
+PER_FRAME = {
+    "progress": sessions.PROGRESS,
+    "intent": sessions.INTENT,
+}  # of every frame, where they were asked for
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 RATE_TOLERANCE = 0.05  # of the nominal frame rate
 GAP_S, STILL_S = 1.0, 3.0  # longest interval between frames, longest time the picture may stay black or the same
@@ -46,6 +50,7 @@ LAGS = np.arange(-200, 601)  # ms from key to picture that are tried
 
 REPAIR = "python verify_dataset.py --repair {folder}"
 LABEL = "python precompute_labels.py --overwrite --data-dir {folder}{sprites}"
+RELABEL = {"progress": f"{LABEL} --progress-reward 0.01", "intent": f"{LABEL} --labeler keys"}
 REMOVE = "mkdir -p removed && mv {folder} removed/"
 NONE = "not needed"
 
@@ -85,13 +90,13 @@ class Finding:
 def read(folder: Path, name: str) -> tuple[pa.Table | None, list[Finding]]:
     """A table of the contract, None where it cannot be read."""
     path, journal = folder / f"{name}.parquet", folder / f"{name}.jsonl"
-    schema = (RECORDED | LABELS)[name]
+    schema = (RECORDED | LABELS | PER_FRAME)[name]
     try:
         table = read_table(path, schema)
     except (ValueError, OSError) as error:
         file = journal if journal.exists() and not path.exists() else path
-        return None, [Finding("error", file.name, str(error), LABEL if name in LABELS else REMOVE)]
-    mend = REPAIR if name in RECORDED else LABEL
+        return None, [Finding("error", file.name, str(error), REMOVE if name in RECORDED else RELABEL.get(name, LABEL))]
+    mend = REPAIR if name in RECORDED else RELABEL.get(name, LABEL)
     findings = [Finding("warning", path.name, found, mend) for found in other_types(path, schema)]
     if journal.exists():
         found = "is left beside the parquet file" if path.exists() else "is the older form, or of a killed recorder"
@@ -231,6 +236,27 @@ def check_labels(folder: Path, n_frames: int) -> Iterator[Finding]:
         return
     for name, found in label_problems(*tables.values(), n_frames, made_with[2].get("gamma")):
         yield Finding("error", f"{name}.parquet", found, LABEL)
+
+
+def check_per_frame(folder: Path, n_frames: int) -> Iterator[Finding]:
+    """Progress and intents, where they are: of this recording, a row for each frame, only intents that there are."""
+    for name in PER_FRAME:
+        if not (folder / f"{name}.parquet").exists():
+            continue
+        table, findings = read(folder, name)
+        yield from findings
+        if table is None:
+            continue
+        size, of = (folder / "recording.mp4").stat().st_size, metadata_of(table).get("recording_bytes")
+        if of not in (None, str(size)):
+            found = f"was made for a recording with recording_bytes {of}, this one has {size}"
+            yield Finding("error", f"{name}.parquet", found, RELABEL[name])
+        elif not np.array_equal(table["frame_idx"].to_numpy(), np.arange(n_frames)):
+            found = f"has {len(table):,} rows, expected one for each frame, 0 to {n_frames - 1}, in order"
+            yield Finding("error", f"{name}.parquet", found, RELABEL[name])
+        elif name == "intent" and (unknown := set(table["intent"].to_pylist()) - set(sessions.INTENT_NAMES)):
+            found = f"has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(sessions.INTENT_NAMES)}"
+            yield Finding("error", f"{name}.parquet", found, RELABEL[name])
 
 
 def label_problems(
@@ -469,6 +495,7 @@ def verify(folder: Path, bar: tqdm) -> tuple[list[Finding], dict | None]:
             found = f"is {size[0]}x{size[1]}, the metadata says {named}: the pointer does not fit the picture"
             findings.append(Finding("warning", "recording.mp4", found, REMOVE))
         findings += check_labels(folder, min(session.n_frames, n_video))
+        findings += check_per_frame(folder, min(session.n_frames, n_video))
         bar.reset(n_video)
         bar.set_description(folder.name)
         chunks = []

@@ -14,7 +14,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import verify_dataset
-from common.sessions import EPISODES, EVENTS, FRAMES, RETURNS, SessionWriter, find_sessions, key_table, load_session
+from common.sessions import (
+    EPISODES,
+    EVENTS,
+    FRAMES,
+    INTENT,
+    PROGRESS,
+    RETURNS,
+    SessionWriter,
+    find_sessions,
+    key_table,
+    load_session,
+    write_table,
+)
 from common.video import VideoReader, VideoWriter
 from tests.synthetic import START_NS, write_session
 from verify_dataset import (
@@ -195,6 +207,29 @@ def test_the_command_its_status_json_and_one_session(tmp_path, run):
     assert code == 0 and "1 sessions: 0 errors, 1 warnings" in said
     assert "warning  run_1/inputs.parquet: KEY_RIGHT is never released. Mend: python verify_dataset.py" in said
     assert run("data", "--nonsense")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "metadata", "found"),
+    [
+        ("intent", range(30), {}, ""),
+        ("progress", range(30), {}, ""),
+        ("intent", range(29), {}, "has 29 rows, expected one for each frame, 0 to 29"),
+        ("progress", range(1, 31), {}, "expected one for each frame"),
+        ("intent", range(30), {"recording_bytes": "7"}, "recording_bytes 7, this one has"),
+        ("intent", range(30), {"word": "DANCE"}, "has 'DANCE', expected LOOT, EVADE"),
+    ],
+)
+def test_intents_and_progress_are_of_every_frame_of_this_recording(tmp_path, name, rows, metadata, found):
+    folder = write_session(tmp_path / "run_1", 30)
+    n, word = len(rows), metadata.get("word", "RUN")
+    columns = {"frame_idx": rows, "intent": [word] * n, "timestamp": range(n)}
+    columns |= {"dx": [1.0] * n, "dy": [0.0] * n, "confidence": [1.0] * n, "progress": [0.5] * n}
+    schema = {"intent": INTENT, "progress": PROGRESS}[name]
+    write_table(folder / f"{name}.parquet", {c: columns[c] for c in schema.names}, schema, metadata)
+    wrong = [f for f in verify(folder, BAR)[0] if f.file == f"{name}.parquet"]
+    assert [f.severity for f in wrong] == ["error"] * bool(found) and all(found in f.found for f in wrong)
+    assert all(f.mend.startswith("python precompute_labels.py --overwrite --data-dir") for f in wrong)
 
 
 def test_what_is_no_data_set_is_explained(tmp_path):
