@@ -134,10 +134,11 @@ sample: .venv/.test ## record the sessions of sample_dataset again, into build/s
 	cp -r sample_dataset/sprites sample_dataset/README.md build/sample
 	@echo "== to take them over: rm -r sample_dataset && mv build/sample sample_dataset"
 
-fresh-labels: .venv/.test ## record 68 new sessions into build/fresh (those not there yet), compare their labels with what the game reported
+fresh-labels: .venv/.test ## record 76 new sessions into build/fresh (those not there yet), compare their labels with what the game reported
 	printf '%s\n' "skilled 640 480 "{200..211} "skilled 800 600 "{212..219} "sloppy 640 480 "{220..223} "sloppy 800 600 "{224..227} "sloppy 640 480 "{228..231} "sloppy 800 600 "{232..235} \
 		"skilled 640 480 "{240..242} "sloppy 640 480 "{243..245} "skilled 1280 800 "{246..248} "sloppy 1280 800 "{249..251} \
 		"skilled 602 452 "{252..254} "sloppy 602 452 "{255..257} "skilled 1710 600 "{258..260} "sloppy 1710 600 "{261..263} \
 		"skilled 602 452 "{264,266,267} "sloppy 602 452 "{265,271} "skilled 1710 600 "{268,269} "sloppy 1710 600 270" \
+		"skilled 602 452 "{272,273} "sloppy 602 452 "{274,275} "skilled 1710 600 "{276,277} "sloppy 1710 600 "{278,279} \
 	| xargs -P 2 -L 1 sh -c 'test -e build/fresh/run_$$3/frames.parquet || $(RECORD) --output build/fresh --name run_$$3 --demonstrator $$0 --width $$1 --height $$2 --seed $$3 --seconds 90'
 	.venv/bin/python precompute_labels.py --data-dir build/fresh --truth truth.parquet --overwrite

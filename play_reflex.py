@@ -259,6 +259,7 @@ class Policy:
         self.q: np.ndarray | None = None  # (2^K,) of the last frame, with a Q head; bit k of a set's number is key k
         self.pixels: np.ndarray | None = None  # (1, T, H, W, 3) uint8, the stack, oldest first
         self.goal_rule = GoalRule(len(self.intents))  # no goal
+        self.goals: list[str | None] = []  # of each decision since the last reset; empty where the network takes none
         try:
             self.session = ort.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own kinds
@@ -266,7 +267,7 @@ class Policy:
 
     def reset(self):
         """Forget the frames seen: the next one is the first."""
-        self.pixels = None
+        self.pixels, self.goals = None, []
         self.goal_rule.reset()
 
     def follow_goal(self, args: Args):
@@ -296,6 +297,8 @@ class Policy:
         logits, _, value, *further = self.run()  # Q or intents
         self.q = further[0][0] if further and not self.intents else None
         if self.intents:
+            goal = self.goal_rule.goal[0]
+            self.goals.append(self.intents[goal.argmax()] if goal.any() else None)
             self.goal_rule.step(further[0][0])
         return expit(logits[0]), float(value[0])
 
@@ -482,7 +485,7 @@ def evaluate(args: Eval) -> dict:
         held = {"pressed": pressed, "released": released, "active": active}
         facts = {"model_sha256": policy.sha256, "settings": json.dumps(settings)}
         where = unfinished / "preds.parquet"
-        write_decisions(where, policy.keys, frames, session.timestamps, held, probability, value, facts)
+        write_decisions(where, policy.keys, frames, session.timestamps, held, probability, value, policy.goals, facts)
         write_json(unfinished / "metrics.json", result)
         replace_folder(unfinished, output)
     finally:
@@ -492,9 +495,11 @@ def evaluate(args: Eval) -> dict:
     return result
 
 
-def write_decisions(path: Path, keys: list[str], frames, timestamps, held: dict, probability, value, facts: dict):
+def write_decisions(
+    path: Path, keys: list[str], frames, timestamps, held: dict, probability, value, goals: list, facts: dict
+):
     """`preds.parquet`, one row per decision: frame numbers and times in ms (N,), columns of `held` (N, K) bool as lists
-    of names, probability (N, K), value (N,), and `facts` as metadata."""
+    of names, probability (N, K), value (N,), `goals` (N,) or none, and `facts` as metadata."""
     names, lists = np.array(keys), pa.list_(pa.string())
     table = {"frame_idx": frames, "timestamp": timestamps}
     schema = [("frame_idx", pa.int64()), ("timestamp", pa.int64())]
@@ -506,6 +511,9 @@ def write_decisions(path: Path, keys: list[str], frames, timestamps, held: dict,
         schema.append((f"probability_{key}", pa.float32()))
     table["value"] = value
     schema.append(("value", pa.float32()))
+    if goals:
+        table["goal"] = goals
+        schema.append(("goal", pa.string()))
     write_table(path, table, pa.schema(schema), facts)
 
 
@@ -834,7 +842,8 @@ def live(args: Live) -> dict:
     held["sent"] = np.array([np.isin(policy.keys, list(keys)) for keys in columns.held])  # (N, K)
     times, frames = load_session(folder).timestamps, np.arange(len(decisions))
     path = folder / "preds.parquet"
-    write_decisions(path, policy.keys, frames, times, held, columns.probability, columns.value, facts)
+    goals = policy.goals[: len(decisions)]
+    write_decisions(path, policy.keys, frames, times, held, columns.probability, columns.value, goals, facts)
     result = {"session": str(folder), "ended": why, "dry_run": not args.send_keys, **facts, "fps": fps}
     result |= latency(columns, bare_ms, fps, dropped)
     write_json(folder / "latency.json", result)

@@ -165,8 +165,9 @@ def keys_by_goal(model: Path, levels, **flags) -> list[int | None]:
     policy.follow_goal(p.Eval(model=model, session=Path("unused"), **flags))
     wanted = [np.flatnonzero(policy(np.full((8, 8, 3), level, np.uint8))[0] > 0.5).tolist() for level in levels]
     assert all(len(keys) <= 1 for keys in wanted) and policy.q is None
+    assert policy.goals == [policy.intents[keys[0]] if keys else None for keys in wanted]
     policy.reset()
-    assert policy.goal_rule.goal.argmax() == policy.goal_rule.fixed or not policy.goal_rule.goal.any()
+    assert policy.goals == [] and policy.goal_rule.goal.argmax() == policy.goal_rule.fixed or not policy.goal_rule.goal.any()
     return [keys[0] if keys else None for keys in wanted]
 
 
@@ -209,7 +210,9 @@ def test_a_goal_reaches_eval_and_closed_loop(tmp_path):
     result = p.evaluate(p.Eval(model=model, session=session, goal_intent="LEAP", video=False))
     assert result["settings"]["goal_intent"] == "LEAP" and result["settings"]["auto_intent"] is False
     table = pq.read_table(tmp_path / "goals_eval_run_0" / "preds.parquet")
-    assert table["active"].to_pylist()[2:] == [["KEY_SPACE"]] * 18
+    assert table["active"].to_pylist()[2:] == [["KEY_SPACE"]] * 18 and table["goal"].to_pylist() == ["LEAP"] * 20
+    p.evaluate(p.Eval(model=model, session=session, video=False, overwrite=True))
+    assert pq.read_table(tmp_path / "goals_eval_run_0" / "preds.parquet")["goal"].to_pylist() == [None] * 20
     with pytest.raises(SystemExit, match="--goal-intent FLY"):
         p.evaluate(p.Eval(model=model, session=session, goal_intent="FLY", overwrite=True))
     player = p.PolicyPlayer(p.ClosedLoop(model=model, auto_intent=True, intent_stability=2, debounce=1))
