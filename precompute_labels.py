@@ -80,8 +80,8 @@ class Args:
     num_workers: int = 1
     """sessions whose videos are searched at a time, each in a process, 1 or more"""
     ray_address: str | None = None
-    """Ray cluster whose CPUs search videos instead, one each: auto (that of this machine), ray://HOST:PORT, HOST:PORT
-    or local (one that lives as long as this run); all nodes have to see data_dir and this code at the same place"""
+    """Ray cluster whose CPUs search videos instead, one each: auto (that of this machine), HOST:PORT or local (one
+    that lives as long as this run); all nodes have to see data_dir and this code at the same place"""
     truth: str | None = None
     """name of the file in each session, such as truth.parquet, that holds what the game reported: labels are compared
     with it, in label_report/ of data_dir. None: they are not"""
