@@ -50,7 +50,10 @@ LAGS = np.arange(-200, 601)  # ms from key to picture that are tried
 
 REPAIR = "python verify_dataset.py --repair {folder}"
 LABEL = "python precompute_labels.py --overwrite --data-dir {folder}{sprites}"
-RELABEL = {"progress": f"{LABEL} --progress-reward 0.01", "intent": f"{LABEL} --labeler keys"}
+RELABEL = {
+    "progress": "rm {folder}/progress.parquet, and label again with the --progress-reward of the other sessions",
+    "intent": "python precompute_labels.py --labeler keys --data-dir {folder}{sprites}",
+}
 REMOVE = "mkdir -p removed && mv {folder} removed/"
 NONE = "not needed"
 

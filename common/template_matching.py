@@ -29,7 +29,7 @@ from scipy.fft import next_fast_len
 
 FIND_VERSION = 1  # raise it with a change of what `find` gives: recordings are searched again
 FLAT = 1.0  # deviation under the mask, in grey levels, below which the score is 0 by definition
-VARIANCE_ERROR = 0.1  # of float32, in squared grey levels; at most 0.03 on frames made to be difficult
+VARIANCE_ERROR = 0.1  # of float32, in squared grey levels; at most 0.05 on frames made to be difficult
 SCORE_ERROR = 1e-3  # of float32 with the right variance; at most 1e-4 there
 MAX_CANDIDATES = 128  # positions; more, as on a flat frame, cost less as a float64 map
 FRAMES_AT_ONCE = 32  # on a GPU; on a CPU one by one, which stays in its cache
@@ -348,7 +348,7 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
 def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
     """Where `frames` (N, H, W) of the look's size may show one of its templates: (K, 4) int64 of frame, template of the
     bank, y, x."""
-    at_once = max(1, CACHED_PIXELS // frames[0].numel()) if frames.device.type == "cpu" else len(frames)
+    at_once = max(1, CACHED_PIXELS // frames[:1].numel()) if frames.device.type == "cpu" else len(frames)
     if len(frames) > at_once:
         parts = [first_look(some, look) for some in frames.split(at_once)]
         for n, part in enumerate(parts):
@@ -365,7 +365,8 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
         row, x = (above[n, y] >= 0).nonzero().unbind(1)
         n, y = n[row], y[row]
         r = look.beside[i].to(frames.device)  # (R, 2)
-        if 0 < len(n) * len(r) <= WINDOW_PIXELS:  # sums of squares of parts add up to no more than that of the whole
+        # squared deviations of parts add up to no more than those of the whole; more places go on as they are
+        if 0 < len(n) * len(r) <= WINDOW_PIXELS:
             pixels = frames[n[:, None], y[:, None] + r[:, 0], x[:, None] + r[:, 1]]  # (K, R)
             more = (pixels.square().mean(1) - pixels.mean(1).square()) * (len(r) / look.bank.masks[m].sum())
             spread = (variance[n, y, x] + more - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
@@ -443,9 +444,10 @@ def find(frames: torch.Tensor, finder: Finder) -> list[list[tuple[float, int, in
             places, coarse = first_look(sizes[look.factor], look), look.factor
             for factor in sorted((f for f in finder.stacks if f < coarse), reverse=True) or [1]:
                 places[:, 2:] *= coarse // factor
-                if factor == coarse:  # one place for all that are as close
+                if factor == coarse:  # one place for all in a cell, of sprites of which no two in a cell are kept
+                    large = (finder.stacks[factor][2].amin(1) > 4 * AROUND).to(places.device)[places[:, 1]]
                     side = 2 * AROUND + 1
-                    places[:, 2:] = places[:, 2:] // side * side + AROUND
+                    places[large, 2:] = places[large, 2:] // side * side + AROUND
                 scores, places = closer_look(sizes[factor], places.unique(dim=0), finder.stacks[factor])
                 near = scores >= finder.near[factor].to(scores)[places[:, 1]]
                 scores, places, coarse = scores[near], places[near], factor

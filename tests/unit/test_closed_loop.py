@@ -288,6 +288,7 @@ def test_ways_are_compared_by_the_mean_of_their_models():
 def test_what_cannot_be_compared_is_named(tmp_path):
     slow, model = write_model(tmp_path / "slow", fps=5.0), write_model(tmp_path / "model")
     for models, words in [
+        ((f"bc+best={model}",), "after the . of a way comes q, sample, auto or an intent"),
         ((f"bc+LEAP={model}",), "takes no goal"),
         ((str(model),), "expected <way>=<file.onnx>"),
         ((f"iql+q={model}",), "has no Q head"),

@@ -167,7 +167,8 @@ def keys_by_goal(model: Path, levels, **flags) -> list[int | None]:
     assert all(len(keys) <= 1 for keys in wanted) and policy.q is None
     assert policy.goals == [policy.intents[keys[0]] if keys else None for keys in wanted]
     policy.reset()
-    assert policy.goals == [] and policy.goal_rule.goal.argmax() == policy.goal_rule.fixed or not policy.goal_rule.goal.any()
+    assert policy.goals == []
+    assert policy.goal_rule.goal.argmax() == policy.goal_rule.fixed or not policy.goal_rule.goal.any()
     return [keys[0] if keys else None for keys in wanted]
 
 

@@ -1,5 +1,7 @@
 """The matcher against the float64 reference, at borders, in flat areas, and on useless input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -352,6 +354,20 @@ def test_find_misses_no_perfect_match_of_templates_that_share_a_mask():
         assert sorted(hit[1:] for hit in hits) == [(0, 5, 4), (1, 30, 50)]
 
 
+@pytest.mark.parametrize("size", [6, 7, 8, 9])
+def test_small_sprites_that_overlap_by_half_are_two_wherever_they_are(size):
+    rng = np.random.default_rng(size)
+    grey, mask, apart = rng.uniform(0, 255, (size, size)), np.ones((size, size), bool), math.ceil(size / 2)
+    grey[apart:] = grey[: size - apart]  # so that both can be perfect
+    finder = make_finder(make_bank(["t"], [grey], [mask]), [0.95])
+    for y in range(10):
+        frame = rng.uniform(0, 255, (40, 40))
+        paste(frame, y, 12, grey, mask, 1)
+        paste(frame, y + apart, 12, grey, mask, 1)
+        (hits,) = find(torch.from_numpy(frame).float()[None], finder)
+        assert sorted(hit[2:] for hit in hits) == [(y, 12), (y + apart, 12)]
+
+
 @pytest.mark.parametrize("size", [(61, 83), (2, 3), (1, 2), (37, 1)])
 def test_find_takes_templates_of_any_size(size):
     """From the whole frame to two pixels, in frames of which a part is flat."""
@@ -366,7 +382,8 @@ def test_find_takes_templates_of_any_size(size):
     assert hits[0][2:] == (y, x) or size == (1, 2), "two pixels also match where the ground begins"
 
 
-def test_find_gives_the_same_for_many_frames_as_for_one():
+def test_find_gives_the_same_for_many_frames_as_for_one(monkeypatch):
+    monkeypatch.setattr(template_matching, "CACHED_PIXELS", 5 * 45 * 60)  # five frames of half size at once
     rng = np.random.default_rng(31)
     templates = [sprite(rng, 43, 57), sprite(rng, 43, 57), sprite(rng, 13, 33)]
     bank = make_bank(list("abc"), *zip(*templates, strict=True))

@@ -229,7 +229,8 @@ def test_intents_and_progress_are_of_every_frame_of_this_recording(tmp_path, nam
     write_table(folder / f"{name}.parquet", {c: columns[c] for c in schema.names}, schema, metadata)
     wrong = [f for f in verify(folder, BAR)[0] if f.file == f"{name}.parquet"]
     assert [f.severity for f in wrong] == ["error"] * bool(found) and all(found in f.found for f in wrong)
-    assert all(f.mend.startswith("python precompute_labels.py --overwrite --data-dir") for f in wrong)
+    mend = {"intent": "python precompute_labels.py --labeler keys --data-dir ", "progress": "rm "}[name]
+    assert all(f.mend.startswith(mend) and str(folder) in f.mend for f in wrong)
 
 
 def test_what_is_no_data_set_is_explained(tmp_path):
