@@ -689,7 +689,7 @@ def test_a_full_disk_costs_the_sessions_that_do_not_fit(dataset, monkeypatch):
     assert not list(dataset.glob("*/.*"))
 
 
-def test_unreadable_session_does_not_stop_the_others(dataset):
+def test_unreadable_session_does_not_stop_the_others(dataset, capsys):
     (dataset / "run_a" / "recording.mp4").write_bytes(b"no video")
     with pytest.raises(
         SystemExit,
@@ -699,6 +699,10 @@ def test_unreadable_session_does_not_stop_the_others(dataset):
     assert isinstance(error.value.code, str)  # printed to stderr, exit status 1
     assert (dataset / "run_b" / "returns.parquet").exists()
     assert not (dataset / "run_a" / "events.parquet").exists()
+    said = capsys.readouterr().out.splitlines()
+    head = said.index("| session | frames | in episodes | episodes | DEATH | ATTACK | WIN | least sure event |")
+    assert said[head + 2] == "| run_a | failed |" and said[head + 3].startswith("| run_b | ")
+    assert said[head + 3].count("|") == said[head].count("|")
 
 
 def test_fewer_rows_than_video_frames_uses_the_rows(dataset, capsys):
