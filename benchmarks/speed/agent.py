@@ -38,6 +38,8 @@ class Args:
     """frames of play in a round"""
     dreams: int = 16
     """dreams side by side in a round"""
+    horizon: int = 15
+    """frames of a dream; the script's default is 4, where the cache has less to save"""
     rounds: int = 9
     """how often the ways take turns"""
 
@@ -201,17 +203,17 @@ def compare_dreams(args: Args, preset: a.Preset, device, clock, name: str):
     n_steps = min(4, preset.k_max)
 
     def cached(_):
-        a.dream(dynamics, heads, heads.policy, batch, n_context, settings.horizon, settings)
+        a.dream(dynamics, heads, heads.policy, batch, n_context, args.horizon, settings)
 
     def whole(_):
-        dream_without_cache(dynamics, heads, heads.policy, batch, n_context, settings.horizon, n_steps, None)
+        dream_without_cache(dynamics, heads, heads.policy, batch, n_context, args.horizon, n_steps, None)
 
     seconds = paired.run_in_turn({"without a cache": whole, "agent_finetune.py": cached}, args.rounds, clock=clock)
-    more = {"preset": args.preset, "device": name_of(device), "batch": [args.dreams, n_context, settings.horizon]}
+    more = {"preset": args.preset, "device": name_of(device), "batch": [args.dreams, n_context, args.horizon]}
     paired.report(
         f"agent_dreams{name}",
         seconds,
-        args.dreams * settings.horizon,
+        args.dreams * args.horizon,
         "frames",
         [("agent_finetune.py", "without a cache", 8.0)],
         more,
