@@ -765,7 +765,7 @@ def main(args: Args) -> dict:
         raise SystemExit(130) from None
 
     sessions, failures, done, stopped = {}, [], {"labelled": 0, "kept": 0}, False
-    rows, cards, compared, curves = [], [], [], []
+    rows, cards, compared, curves = {}, [], [], []
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
         searched, lost = search_at_once(args, device, unlabelled)
@@ -802,7 +802,7 @@ def main(args: Args) -> dict:
             print(f"{folder.name}: {n} frames, {counts}, {len(outcomes)} episodes ({', '.join(outcomes)})")
             inside, least = len(read_table(folder / "returns.parquet", RETURNS)), [e["confidence"] for e in events]
             cells = (n, inside, len(outcomes), *map(len, found.values()), f"{min(least):.2f}" if least else "-")
-            rows.append(f"| {folder.name} | {' | '.join(map(str, cells))} |")
+            rows[folder] = f"| {folder.name} | {' | '.join(map(str, cells))} |"
 
             # Intents
             if args.labeler != "none":
@@ -832,7 +832,7 @@ def main(args: Args) -> dict:
             break
         except (ValueError, OSError, RuntimeError) as error:
             failures.append(f"{folder}: {error}")
-            rows.append(f"| {folder.name} | failed |")
+            rows[folder] = f"| {folder.name} | failed |"
 
     totals = None
     try:
@@ -850,7 +850,7 @@ def main(args: Args) -> dict:
         raise SystemExit(f"the labels are written, what tells of them in {args.data_dir} is not: {error}") from None
     if len(rows) > 1:
         columns = ("session", "frames", "in episodes", "episodes", *truth.TRUE_NAMES, "least sure event")
-        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", *rows, sep="\n")
+        print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|", *rows.values(), sep="\n")
     counts = ", ".join(f"{name} {sum(s[name] for s in sessions.values())}" for name in truth.TRUE_NAMES)
     summary = (
         f"{len(folders)} sessions: {done['labelled']} labelled, {done['kept']} kept, {len(failures)} failed; {counts}"

@@ -38,10 +38,7 @@ from common.video import VideoReader, iter_frames
 
 RECORDED = {"frames": sessions.FRAMES, "inputs": sessions.INPUTS, "truth": sessions.TRUTH}
 LABELS = {"events": sessions.EVENTS, "episodes": sessions.EPISODES, "returns": sessions.RETURNS}
-PER_FRAME = {
-    "progress": sessions.PROGRESS,
-    "intent": sessions.INTENT,
-}  # of every frame, where they were asked for
+PER_FRAME = {"progress": sessions.PROGRESS, "intent": sessions.INTENT}  # where they were asked for
 INSTALLED_SPRITES = Path("/usr/share/games/supertux2/images")  # Debian's package supertux-data
 RATE_TOLERANCE = 0.05  # of the nominal frame rate
 GAP_S, STILL_S = 1.0, 3.0  # longest interval between frames, longest time the picture may stay black or the same

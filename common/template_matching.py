@@ -324,7 +324,7 @@ def make_finder(bank: Bank, least: np.ndarray | list[float], factors: tuple[int,
                 beside = [torch.zeros(0, 2, dtype=torch.int64)] * len(group)
                 break
         else:
-            # a frame varies less under a part of a mask, so that no place is missed
+            # summed over pixels, a frame varies less under a part of a mask, so that no place is missed
             look, those = looks[1], [(full[t][0], shared, near[1][t].item() - SCORE_ERROR) for t in group]
             beside = [(full[t][1] > shared).nonzero() for t in group]
         look.beside += beside

@@ -86,9 +86,9 @@ def main(args: Args) -> dict:
             ending = way.partition("+")[2]
             if not path:
                 raise ValueError(f"{model}: expected <way>=<file.onnx>")
-            if ending and ending not in ("q", "sample", "auto") and not ending.isupper():
-                raise ValueError(f"{model}: after the + of a way comes q, sample, auto or an intent such as LEAP")
             how = {"": {}, "q": {"decode": "q"}, "sample": {"decode": "sample"}, "auto": {"auto_intent": True}}
+            if ending not in how and not ending.isupper():
+                raise ValueError(f"{model}: after the + of a way comes q, sample, auto or an intent such as LEAP")
             how = how.get(ending, {"goal_intent": ending})
             rule = {"debounce": args.debounce, "max_hold": args.max_hold, **how}
             settings = play_reflex.ClosedLoop(model=Path(path), level=args.level, **rule)

@@ -1040,11 +1040,13 @@ def test_recording_without_truth_is_labelled_and_said_so(dataset, capsys):
     assert {session for session, *_ in report} == {"all", "run_a"}
 
 
-def test_unreadable_truth_fails_its_session_only(dataset):
+def test_unreadable_truth_fails_its_session_only(dataset, capsys):
     (dataset / "run_b" / "truth.parquet").write_bytes(b"PAR1 cut off")
     with pytest.raises(SystemExit, match="(?s)1 of 2 sessions failed:.*run_b/truth.parquet is not a readable parquet"):
         main(arguments(dataset, truth="truth.parquet"))
     assert (dataset / "run_b" / "returns.parquet").exists()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| run_b |")]
+    assert told == ["| run_b | failed |"]
     rows = pq.read_table(dataset / "label_report" / "report.parquet").to_pylist()
     assert {row["session"] for row in rows} == {"all", "run_a"}
 
