@@ -38,7 +38,7 @@ RECOGNISABLE = 0.6  # score of a small template with itself, at the worst of pla
 NEAR = 0.95  # times that score: from there on a closer look decides
 CELLS = 24  # opaque pixels that a small template has at least
 SHARED = 0.8  # of their opaque pixels that templates have in common at least to be looked for with one mask
-AROUND = 2  # pixels around a place that a closer look compares
+AROUND = 2  # pixels around a place of a smaller frame that a closer look compares
 CACHED_PIXELS = 2**18  # of frames that are looked at together on a CPU: more leave its cache
 WINDOW_PIXELS = 4 * 2**20  # that it compares at once
 
@@ -125,26 +125,32 @@ def check_sizes(bank: Bank, H: int, W: int):
             raise ValueError(f"{name} is {w}x{h} pixels, larger than the {W}x{H} frame. Use a smaller scale.")
 
 
+def centre(frames: torch.Tensor) -> torch.Tensor:
+    """`frames` (N, H, W) less the mean of each: no score depends on it, but rounding does."""
+    return frames - frames.mean((1, 2), keepdim=True)
+
+
 def _correlations(
-    frames: torch.Tensor, bank: Bank, wanted: list[int] | range, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each `wanted` template sum(I T') / sqrt(n), float32, and deviation^2, `dtype`: (N, H-h+1, W-w+1) each."""
-    H, W = frames.shape[-2:]
+    image: torch.Tensor, bank: Bank, wanted: list[int] | range, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each `wanted` template and a centred `image` (N, H, W): sum(I T') / sqrt(n), float32, and deviation^2 and
+    sum(M I) / n, both `dtype`; (N, H-h+1, W-w+1) each."""
+    H, W = image.shape[-2:]
     check_sizes(bank, H, W)
     size = next_fast_len(H, real=True), next_fast_len(W, real=True)  # 599x797 takes five times as long as 600x800
-    key = (*size, frames.device, dtype)
+    key = (*size, image.device, dtype)
     if key not in bank.spectra:
         templates = [t / bank.masks[m].sum().sqrt() for t, m in zip(bank.templates, bank.mask_of, strict=True)]
         masks = [mask.to(dtype) / mask.sum() for mask in bank.masks]
         bank.spectra[key] = [
-            [torch.fft.rfft2(picture.to(frames.device), s=size).conj_physical() for picture in pictures]
+            [torch.fft.rfft2(picture.to(image.device), s=size).conj_physical() for picture in pictures]
             for pictures in (templates, masks)
         ]
     template_spectra, mask_spectra = bank.spectra[key]
-    image = (frames - frames.mean((1, 2), keepdim=True)).to(dtype)  # no result depends on the level, but rounding does
+    image = image.to(dtype)
     spectrum, spectrum_of_square = torch.fft.rfft2(image, s=size), torch.fft.rfft2(image.square(), s=size)
     spectrum32 = spectrum.to(torch.complex64)  # (N, size[0], size[1] // 2 + 1)
-    variances = {}  # per mask
+    statistics = {}  # per mask
     for t in wanted:
         m, (h, w) = bank.mask_of[t], bank.templates[t].shape
 
@@ -152,10 +158,10 @@ def _correlations(
             columns = torch.fft.ifft(frame_spectrum * other_spectrum, dim=1)[:, : H - h + 1]
             return torch.fft.irfft(columns, n=size[1], dim=2)[:, :, : W - w + 1]
 
-        if m not in variances:
+        if m not in statistics:
             mean = correlate(spectrum, mask_spectra[m])
-            variances[m] = correlate(spectrum_of_square, mask_spectra[m]) - mean.square_()
-        yield correlate(spectrum32, template_spectra[t]), variances[m]
+            statistics[m] = correlate(spectrum_of_square, mask_spectra[m]).addcmul_(mean, mean, value=-1), mean
+        yield correlate(spectrum32, template_spectra[t]), *statistics[m]
 
 
 def _scores(correlation: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
@@ -168,7 +174,7 @@ def score_maps(frames: torch.Tensor, bank: Bank) -> Iterator[torch.Tensor]:
 
     Row y, column x of a map is the template's top left corner. Raises ValueError where a template exceeds the frame.
     """
-    for correlation, variance in _correlations(frames, bank, range(len(bank.names)), torch.float64):
+    for correlation, variance, _ in _correlations(centre(frames), bank, range(len(bank.names)), torch.float64):
         yield _scores(correlation, variance)
 
 
@@ -211,15 +217,15 @@ def match(frames: torch.Tensor, bank: Bank) -> tuple[torch.Tensor, torch.Tensor,
     for i in range(0, N, step):
         undecided = list(range(T))
         if on_cpu:
-            maps = _correlations(frames[i : i + 1], bank, range(T), torch.float32)
-            for t, (correlation, variance) in enumerate(maps):
+            maps = _correlations(centre(frames[i : i + 1]), bank, range(T), torch.float32)
+            for t, (correlation, variance, _) in enumerate(maps):
                 best = _best_of_few(frames[i].numpy(), *templates[t], correlation[0], variance[0])
                 if best is not None:
                     score[i, t], y[i, t], x[i, t] = best
                     undecided.remove(t)
         if undecided:
-            maps = _correlations(frames[i : i + step], bank, undecided, torch.float64)
-            for t, (correlation, variance) in zip(undecided, maps, strict=True):
+            maps = _correlations(centre(frames[i : i + step]), bank, undecided, torch.float64)
+            for t, (correlation, variance, _) in zip(undecided, maps, strict=True):
                 scores = _scores(correlation, variance)
                 score[i : i + step, t], best = scores.flatten(1).max(dim=1)
                 y[i : i + step, t], x[i : i + step, t] = best // scores.shape[2], best % scores.shape[2]
@@ -354,9 +360,10 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
         for n, part in enumerate(parts):
             part[:, 0] += n * at_once
         return torch.cat(parts)
-    deviations, places = {}, []  # per mask; per template
-    maps = _correlations(frames, look.bank, range(len(look.wanted)), torch.float32)
-    for i, (correlation, variance) in enumerate(maps):
+    (H, W), deviations, places = frames.shape[1:], {}, []  # per mask; per template
+    image = centre(frames)
+    maps = _correlations(image, look.bank, range(len(look.wanted)), torch.float32)
+    for i, (correlation, variance, mean) in enumerate(maps):
         m = look.bank.mask_of[i]
         if m not in deviations:
             deviations[m] = (variance - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
@@ -364,41 +371,46 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
         n, y = (above.amax(2) >= 0).nonzero().unbind(1)  # few rows: a search of all positions takes longer
         row, x = (above[n, y] >= 0).nonzero().unbind(1)
         n, y = n[row], y[row]
-        r = look.beside[i].to(frames.device)  # (R, 2)
-        # squared deviations of parts add up to no more than those of the whole; more places go on as they are
-        if 0 < len(n) * len(r) <= WINDOW_PIXELS:
-            pixels = frames[n[:, None], y[:, None] + r[:, 0], x[:, None] + r[:, 1]]  # (K, R)
-            more = (pixels.square().mean(1) - pixels.mean(1).square()) * (len(r) / look.bank.masks[m].sum())
-            spread = (variance[n, y, x] + more - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
-            near = correlation[n, y, x] >= look.near[i] * spread
+        r, count = look.beside[i].to(frames.device), look.bank.masks[m].sum()  # (R, 2), ()
+        if 0 < len(n) * len(r) <= WINDOW_PIXELS:  # the deviation under the template's own mask; more go on as they are
+            first = (n * H + y) * W + x
+            pixels = image.take(first[:, None] + r[:, 0] * W + r[:, 1])  # (K, R)
+            spread = pixels.square().mean(1) - pixels.mean(1).square()  # (K,)
+            apart = pixels.mean(1) - mean[n, y, x]
+            whole = variance[n, y, x] + len(r) * (spread / count + apart.square() / (count + len(r)))
+            near = correlation[n, y, x] >= look.near[i] * (whole - VARIANCE_ERROR).clamp_(min=FLAT**2).sqrt_()
             n, y, x = n[near], y[near], x[near]
         places.append(torch.stack([n, torch.full_like(n, look.wanted[i]), y, x], 1))
     return torch.cat(places)
 
 
-def closer_look(frames: torch.Tensor, places: torch.Tensor, stack: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best positions of `frames` (N, H, W) float32 within AROUND of `places` (K, 4): frame, template, y, x; `stack`
-    as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
+def closer_look(
+    frames: torch.Tensor, places: torch.Tensor, stack: tuple, around: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best positions of `frames` (N, H, W) float32 within `around` pixels of `places` (K, 4): frame, template, y, x;
+    `stack` as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
     templates, masks, sizes = (part.to(frames.device) for part in stack)
     if not len(places):
         return places.new_zeros(0, dtype=torch.float64), places
-    (H, W), side = frames.shape[1:], 2 * AROUND + 1
+    (H, W), side = frames.shape[1:], 2 * around + 1
     h, w = sizes[places[:, 1]].amax(0).tolist()
     at_once = max(1, WINDOW_PIXELS // (side**2 * h * w))
     if len(places) > at_once:
-        parts = [closer_look(frames, part, stack) for part in places.split(at_once)]
+        parts = [closer_look(frames, part, stack, around) for part in places.split(at_once)]
         return torch.cat([scores for scores, _ in parts]), torch.cat([best for _, best in parts])
     n, t, y, x = places.T
-    steps = torch.arange(-AROUND, AROUND + 1, device=frames.device)
-    rows = (y[:, None] + torch.arange(-AROUND, h + AROUND, device=frames.device)).clamp_(0, H - 1)
-    columns = (x[:, None] + torch.arange(-AROUND, w + AROUND, device=frames.device)).clamp_(0, W - 1)
-    crops = frames[n[:, None, None], rows[:, :, None], columns[:, None]].double()  # (K, h + 2 AROUND, w + 2 AROUND)
+    steps = torch.arange(-around, around + 1, device=frames.device)
+    rows = (y[:, None] + torch.arange(-around, h + around, device=frames.device)).clamp_(0, H - 1)
+    columns = (x[:, None] + torch.arange(-around, w + around, device=frames.device)).clamp_(0, W - 1)
+    crops = frames[n[:, None, None], rows[:, :, None], columns[:, None]].double()  # (K, h + 2 around, w + 2 around)
     crops = crops - crops.mean((1, 2), keepdim=True)
-    template, mask = templates[t, None, :h, :w], masks[t, None, :h, :w]  # (K, 1, h, w) each
-    count = mask.sum((1, 2, 3))[:, None]  # (K, 1)
+    template, mask = templates[t, :h, :w], masks[t, :h, :w]  # (K, h, w) each
+    count = mask.sum((1, 2))[:, None]  # (K, 1)
 
     def correlate(pixels, weights):  # (K, side^2)
-        return F.conv2d(pixels[None], weights, groups=len(places))[0].flatten(1)
+        if around == 0:
+            return (pixels * weights).sum((1, 2))[:, None]  # many times as fast as conv2d
+        return F.conv2d(pixels[None], weights[:, None], groups=len(places))[0].flatten(1)
 
     mean = correlate(crops, mask) / count
     correlation, variance = correlate(crops, template), correlate(crops.square(), mask) / count - mean.square()
@@ -444,11 +456,8 @@ def find(frames: torch.Tensor, finder: Finder) -> list[list[tuple[float, int, in
             places, coarse = first_look(sizes[look.factor], look), look.factor
             for factor in sorted((f for f in finder.stacks if f < coarse), reverse=True) or [1]:
                 places[:, 2:] *= coarse // factor
-                if factor == coarse:  # one place for all in a cell, of sprites of which no two in a cell are kept
-                    large = (finder.stacks[factor][2].amin(1) > 4 * AROUND).to(places.device)[places[:, 1]]
-                    side = 2 * AROUND + 1
-                    places[large, 2:] = places[large, 2:] // side * side + AROUND
-                scores, places = closer_look(sizes[factor], places.unique(dim=0), finder.stacks[factor])
+                around = AROUND if factor < coarse else 0
+                scores, places = closer_look(sizes[factor], places.unique(dim=0), finder.stacks[factor], around)
                 near = scores >= finder.near[factor].to(scores)[places[:, 1]]
                 scores, places, coarse = scores[near], places[near], factor
             for score, (n, *hit) in zip(scores.float().tolist(), places.tolist(), strict=True):

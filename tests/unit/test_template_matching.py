@@ -107,10 +107,10 @@ def test_float32_stays_within_half_its_bounds(kind):
     templates = [random_template(rng, *size) for size in ((3, 4), (12, 12), (48, 40))]
     bank = make_bank(list("abc"), *zip(*templates, strict=True))
     single, double = (
-        template_matching._correlations(torch.from_numpy(frame)[None], bank, range(3), dtype)
+        template_matching._correlations(template_matching.centre(torch.from_numpy(frame)[None]), bank, range(3), dtype)
         for dtype in (torch.float32, torch.float64)
     )
-    for template, (_, mask), (correlation, variance), (_, exact) in zip(
+    for template, (_, mask), (correlation, variance, _), (_, exact, _) in zip(
         bank.templates, templates, single, double, strict=True
     ):
         assert (variance - exact).abs().max() < template_matching.VARIANCE_ERROR / 2
@@ -352,6 +352,28 @@ def test_find_misses_no_perfect_match_of_templates_that_share_a_mask():
         paste(ground, 30, 50, greys[1], right, 1)
         (hits,) = find(torch.from_numpy(ground).float()[None], finder)
         assert sorted(hit[1:] for hit in hits) == [(0, 5, 4), (1, 30, 50)]
+
+
+def test_a_shared_mask_leaves_the_places_of_the_templates_own():
+    """The first look at full size gives the positions that score, and hardly another, though a part of each mask and
+    what it shows differ from the shared one."""
+    rng = np.random.default_rng(36)
+    mask = sprite(rng, 24, 30)[1]
+    left, right = mask & (np.arange(30) > 4), mask & (np.arange(30) < 25)
+    greys = [np.where(np.arange(30) % 25 < 5, 230, rng.uniform(0, 120, mask.shape)) for _ in "ab"]
+    bank = make_bank(list("ab"), greys, [left, right])
+    frames = np.kron(rng.uniform(0, 200, (2, 8, 11)), np.ones((8, 8)))[:, :61, :83] + rng.uniform(0, 50, (2, 61, 83))
+    for y, x, grey, own in ((5, 4, greys[0], left), (30, 50, greys[1], right)):
+        paste(frames[1], y, x, grey, own)
+    frames = torch.from_numpy(frames).float()
+    (look,) = make_finder(bank, [0.1] * 2, ()).looks  # low, so that there are hundreds
+    assert len(look.bank.masks) == 1 and min(len(beside) for beside in look.beside) > 20
+    places = template_matching.first_look(frames, look)
+    for t, scores in enumerate(score_maps(frames, bank)):
+        found = torch.zeros_like(scores, dtype=torch.bool)
+        n, _, y, x = places[places[:, 1] == t].T
+        found[n, y, x] = True
+        assert (scores >= 0.1).sum() > 100 and found[scores >= 0.1].all() and scores[found].min() > 0.098
 
 
 @pytest.mark.parametrize("size", [6, 7, 8, 9])
