@@ -130,6 +130,11 @@ def centre(frames: torch.Tensor) -> torch.Tensor:
     return frames - frames.mean((1, 2), keepdim=True)
 
 
+def _spectrum(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """As `torch.fft.rfft2(pictures, s=size)`; on a CPU with columns in one piece, which the inverse needs first."""
+    return torch.fft.fft(torch.fft.rfft(pictures, n=size[1], dim=-1), n=size[0], dim=-2)
+
+
 def _correlations(
     image: torch.Tensor, bank: Bank, wanted: list[int] | range, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -143,12 +148,12 @@ def _correlations(
         templates = [t / bank.masks[m].sum().sqrt() for t, m in zip(bank.templates, bank.mask_of, strict=True)]
         masks = [mask.to(dtype) / mask.sum() for mask in bank.masks]
         bank.spectra[key] = [
-            [torch.fft.rfft2(picture.to(image.device), s=size).conj_physical() for picture in pictures]
+            [_spectrum(picture.to(image.device), size).conj_physical() for picture in pictures]
             for pictures in (templates, masks)
         ]
     template_spectra, mask_spectra = bank.spectra[key]
     image = image.to(dtype)
-    spectrum, spectrum_of_square = torch.fft.rfft2(image, s=size), torch.fft.rfft2(image.square(), s=size)
+    spectrum, spectrum_of_square = _spectrum(image, size), _spectrum(image.square(), size)
     spectrum32 = spectrum.to(torch.complex64)  # (N, size[0], size[1] // 2 + 1)
     statistics = {}  # per mask
     for t in wanted:
