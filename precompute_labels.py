@@ -162,14 +162,14 @@ OLDER = {"progress_reward": "0.0", "roi": "None"} | review.used([])  # what labe
 
 
 def find_detections(
-    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, device: str, bar: tqdm, roi: Roi | None = None
+    reader: VideoReader, sprites: Sprites, n_frames: int, stride: int, bar: tqdm, roi: Roi | None = None
 ) -> list[Sighting]:
     """All places in frames 0, stride, 2 stride, ... below `n_frames` that score a sprite's threshold, or KEPT less;
     with `roi` those inside it."""
     left, top = roi[:2] if roi else (0, 0)
     detections = []
     for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-        for i, hits in zip(indices, find(grey(crop(frames, roi).to(device)), sprites.finder), strict=True):
+        for i, hits in zip(indices, find(grey(crop(frames, roi)), sprites.finder), strict=True):
             detections += [Sighting(i, sprites.events[t], t, score, top + y, left + x) for score, t, y, x in hits]
         bar.update(min(len(indices) * stride, n_frames - bar.n))
     return detections
@@ -489,7 +489,7 @@ def progress_bar(args: Args) -> Callable[..., tqdm]:
     return partial(tqdm, disable=True) if args.num_workers > 1 or args.ray_address else tqdm
 
 
-def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> tuple[float, ...]:
+def pick_scales(args: Args, session: Session, reader: VideoReader, metadata: dict) -> tuple[float, ...]:
     """The sizes of --sprite-scales; with auto the one that this recording was searched for already, or shows."""
     if scales := read_scales(args.sprite_scales):
         return scales
@@ -502,7 +502,7 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
             return scales
     n, name = int(metadata["recording_frames"]), f"{session.name}: size of the sprites"
     bar = partial(progress_bar(args), desc=name, leave=False)
-    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, device, bar, args.roi)
+    scale = find_scale(partial(load_all_sprites, args), args.sprite_threshold, reader, n, bar, args.roi)
     if scale is None:
         print(f"{session.name}: no sprite is to be seen at any size, looked for as drawn; see --sprite-scales")
     elif scale != 1:
@@ -510,15 +510,13 @@ def pick_scales(args: Args, session: Session, reader: VideoReader, device: str, 
     return (scale or 1.0,)
 
 
-def detect(
-    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
-) -> tuple[Sprites, list[Sighting]]:
+def detect(args: Args, session: Session, reader: VideoReader, metadata: dict) -> tuple[Sprites, list[Sighting]]:
     """The sprites to look for in a session, and where they are: from its detections.parquet, else searched, written."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a single frame is too little to share: on a busy machine two threads are 5 times slower
     try:
         check_roi(args.roi, reader)
-        sprites = load_all_sprites(args, pick_scales(args, session, reader, device, metadata))
+        sprites = load_all_sprites(args, pick_scales(args, session, reader, metadata))
         check_room(args.roi, sprites)
         scan = files.scan_metadata(sprites, metadata)
         detections = None if args.rescan else files.load_detections(session.folder, sprites, scan)
@@ -526,7 +524,7 @@ def detect(
             files.say_why_again(session.folder, scan)
             n = int(metadata["recording_frames"])
             with progress_bar(args)(total=n, desc=session.name, unit="frame") as bar:
-                detections = find_detections(reader, sprites, n, args.event_stride, device, bar, args.roi)
+                detections = find_detections(reader, sprites, n, args.event_stride, bar, args.roi)
             how = "given" if read_scales(args.sprite_scales) else "auto"
             files.save_detections(session.folder, detections, sprites, scan | {"size_from": how})
     finally:
@@ -538,10 +536,10 @@ def calibrate(args: Args, device: str, path: Path) -> tuple[str, ...]:
     """NAME=SCORE of each sprite that scores too high in footage without events, also written to `path` with the why."""
     peaks, count = {}, 0
     for footage in calibration.find_footage(args.event_free, args.data_dir, args.truth):
-        session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4")
+        session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4", device)
         n = min(session.n_frames, reader.n_frames)
         quiet = footage.frames(session.timestamps[:n])  # (n,)
-        sprites, detections = detect(args, session, reader, device, label_metadata(args, session, n))
+        sprites, detections = detect(args, session, reader, label_metadata(args, session, n))
         calibration.add_peaks(peaks, session.name, detections, sprites, quiet)
         count += int(quiet.sum())
     if count == 0:
@@ -560,18 +558,18 @@ def calibrate(args: Args, device: str, path: Path) -> tuple[str, ...]:
 
 
 def judged(
-    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict
+    args: Args, session: Session, reader: VideoReader, metadata: dict
 ) -> tuple[Sprites, list[Sighting], list[Override]]:
     """The sprites, where they are, what a person has accepted among it, and all that a person has decided."""
-    sprites, detections = detect(args, session, reader, device, metadata)
+    sprites, detections = detect(args, session, reader, metadata)
     overrides = review.load_overrides(session.folder, metadata)
     detections = review.accept(detections, overrides, sprites, session.timestamps, args.event_stride)
     return sprites, detections, overrides
 
 
-def find_cards(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> list[review.Card]:
+def find_cards(args: Args, session: Session, reader: VideoReader, metadata: dict) -> list[review.Card]:
     """What a person could be asked about a session."""
-    sprites, detections, overrides = judged(replace(args, rescan=False), session, reader, device, metadata)
+    sprites, detections, overrides = judged(replace(args, rescan=False), session, reader, metadata)
 
     def groups_at(less: float, decided: Sequence[Override]) -> list[list[Sighting]]:
         lower, groups = replace(sprites, thresholds=sprites.thresholds - less), []
@@ -589,34 +587,34 @@ def known_scale(args: Args, session: Session) -> float:
     return [*found, *read_scales(args.sprite_scales), 1.0][0]
 
 
-def find_intents(args: Args, session: Session, reader: VideoReader, device: str, n_frames: int) -> np.ndarray:
+def find_intents(args: Args, session: Session, reader: VideoReader, n_frames: int) -> np.ndarray:
     """Make a session's intent.parquet. Returns the intents, numbers in INTENT_NAMES (n_frames,)."""
     made_from, near = files.recording_of(session.folder, n_frames), None
     if args.labeler == "supertux":
         searched = {name: getattr(args, name) for name in ("event_stride", "sprite_threshold")}
         made_from |= searched | {"scale": known_scale(args, session)}
         eyes = surroundings.open_eyes(sprite_folder(args, surroundings.ALL), made_from["scale"], args.sprite_threshold)
-        near = surroundings.find_surroundings(reader, eyes, n_frames, args.event_stride, device, session.name)
+        near = surroundings.find_surroundings(reader, eyes, n_frames, args.event_stride, session.name)
     return intents.label_intents(session, args.labeler, args.intent_horizon_s, made_from, near)
 
 
-def scroll(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> np.ndarray | None:
+def scroll(args: Args, session: Session, reader: VideoReader, metadata: dict) -> np.ndarray | None:
     """The camera's step into each frame (N,), in widths of the sprites that were found, else of --sprite-scales; None
     where progress is not rewarded."""
     if args.progress_reward == 0:
         return None
     width = load_game(args.game).sprite_width * known_scale(args, session)
     n = int(metadata["recording_frames"])
-    return scrolling.progress_steps(session, reader, n, width, device, args.rescan, progress_bar(args))
+    return scrolling.progress_steps(session, reader, n, width, args.rescan, progress_bar(args))
 
 
 def search(args: Args, device: str, folder: Path) -> bool:
     """What a worker does: search the video of one session. False if it cannot, why is said when its turn comes."""
     try:
-        session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
+        session, reader = load_session(folder), VideoReader(folder / "recording.mp4", device)
         metadata = label_metadata(args, session, min(session.n_frames, reader.n_frames))
-        detect(args, session, reader, device, metadata)
-        scroll(args, session, reader, device, metadata)
+        detect(args, session, reader, metadata)
+        scroll(args, session, reader, metadata)
     except (ValueError, OSError):
         return False
     return True
@@ -635,12 +633,12 @@ def search_at_once(args: Args, device: str, folders: list[Path]) -> tuple[set[Pa
     return on_cluster(partial(work, kind), folders, args.ray_address, int(kind == "cuda"), desc)
 
 
-def label_session(args: Args, session: Session, reader: VideoReader, device: str, metadata: dict) -> None:
+def label_session(args: Args, session: Session, reader: VideoReader, metadata: dict) -> None:
     """Find events, episodes and returns of one session and write them."""
     n, events = int(metadata["recording_frames"]), []
     times = session.timestamps[:n]  # (n,) ms
     if args.detect_events:
-        sprites, detections, overrides = judged(args, session, reader, device, metadata)
+        sprites, detections, overrides = judged(args, session, reader, metadata)
         for name in sprites.rules:
             found = sprite_events(args, name, detections, sprites, times, overrides)
             events += [(frame, name, peak) for frame, peak in found]
@@ -655,7 +653,7 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
     )
     events = sorted(events + [(frame, "WIN", 1.0) for frame in wins])
     sure = [(frame, name) for frame, name, confidence in events if confidence >= args.min_event_confidence]
-    steps = scroll(args, session, reader, device, metadata)
+    steps = scroll(args, session, reader, metadata)
     episodes, returns = episodes_and_returns(args, float(metadata["gamma"]), steps, sure, times)
     files.write_labels(
         session.folder,
@@ -669,9 +667,7 @@ def label_session(args: Args, session: Session, reader: VideoReader, device: str
 # --- Comparison with the truth ---
 
 
-def beside_truth(
-    args: Args, session: Session, reader: VideoReader, device: str, metadata: dict[str, str]
-) -> truth.Compared:
+def beside_truth(args: Args, session: Session, reader: VideoReader, metadata: dict[str, str]) -> truth.Compared:
     """The labels of a session, and what its true events and other thresholds would give with the same settings."""
     folder, times = session.folder, session.timestamps[: int(metadata["recording_frames"])]
     metadata = metadata | OLDER | files.metadata_of(folder / "returns.parquet", RETURNS)
@@ -679,7 +675,7 @@ def beside_truth(
     made_with, thresholds = replace(args, **known, rescan=False), None
     if args.detect_events and made_with.detect_events:
         thresholds = other_thresholds(made_with, folder, times, metadata)
-    steps = scroll(made_with, session, reader, device, metadata)  # the same, so that only events differ
+    steps = scroll(made_with, session, reader, metadata)  # the same, so that only events differ
     label = partial(episodes_and_returns, made_with, made_with.gamma, steps)
     size = f"{reader.width}x{reader.height}"
     return truth.compare(session.name, size, folder / args.truth, times, label, thresholds)
@@ -765,7 +761,7 @@ def main(args: Args) -> dict:
         raise SystemExit(130) from None
 
     sessions, failures, done, stopped = {}, [], {"labelled": 0, "kept": 0}, False
-    rows, cards, compared, curves = {}, [], [], []
+    rows, cards, compared, curves, fallbacks = {}, [], [], [], {""}
     unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
     try:
         searched, lost = search_at_once(args, device, unlabelled)
@@ -779,8 +775,11 @@ def main(args: Args) -> dict:
             if folder in lost:
                 raise RuntimeError(lost[folder])
             # Read
-            session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
+            session, reader = load_session(folder), VideoReader(folder / "recording.mp4", device)
             n = min(session.n_frames, reader.n_frames)
+            if reader.fallback not in fallbacks:
+                fallbacks.add(reader.fallback)
+                print(f"{folder}: the CPU decodes its video, {device} only searches it: {reader.fallback}")
             if session.n_frames != reader.n_frames:
                 print(f"{folder}: {session.n_frames} rows, {reader.n_frames} video frames; the first {n} are labelled")
 
@@ -789,7 +788,7 @@ def main(args: Args) -> dict:
             files.install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
                 again = args.rescan and folder not in searched  # else it was just now
-                label_session(replace(args, rescan=again), session, reader, device, metadata)
+                label_session(replace(args, rescan=again), session, reader, metadata)
                 done["labelled"] += 1
             else:
                 files.check_labels(folder, metadata, OLDER)
@@ -806,7 +805,7 @@ def main(args: Args) -> dict:
 
             # Intents
             if args.labeler != "none":
-                labels = find_intents(args, session, reader, device, n)
+                labels = find_intents(args, session, reader, n)
                 shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
                 parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
                 print(f"{folder.name}: intents {', '.join(parts)}")
@@ -815,11 +814,11 @@ def main(args: Args) -> dict:
 
             # Ask
             if args.review:
-                cards += find_cards(args, session, reader, device, metadata)
+                cards += find_cards(args, session, reader, metadata)
 
             # Compare
             if args.truth is not None and truth.is_there(folder / args.truth):
-                compared.append(beside_truth(args, session, reader, device, metadata))
+                compared.append(beside_truth(args, session, reader, metadata))
                 if args.progress_reward:
                     those = scrolling.true_curves(folder / args.truth, session.timestamps[:n], reader.width)
                     if not those:

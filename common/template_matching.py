@@ -392,8 +392,8 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
 def closer_look(
     frames: torch.Tensor, places: torch.Tensor, stack: tuple, around: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best positions of `frames` (N, H, W) float32 within `around` pixels of `places` (K, 4): frame, template, y, x;
-    `stack` as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the places."""
+    """The best positions of `frames` (N, H, W) float32 within `around` pixels of `places` (K, 4), which are frame,
+    template, y, x; `stack` as in a Finder. Scores (K,) float64, -1 where all would lie outside, and the positions."""
     templates, masks, sizes = (part.to(frames.device) for part in stack)
     if not len(places):
         return places.new_zeros(0, dtype=torch.float64), places

@@ -1,8 +1,9 @@
 """Video files to tensors and back. Frames are uint8 RGB, (N, 3, H, W) as tensors, (H, W, 3) as single pictures.
 
-Decoding is sequential on the CPU, by torchcodec, or by PyAV (whose wheel carries its own FFmpeg) where torchcodec does
-not import because FFmpeg's libraries are missing. Both give the same pixels. `VIDEO_BACKEND=torchcodec|pyav` decides by
-hand. Random access costs a keyframe interval per jump, so read forwards.
+Decoding is sequential, by torchcodec, or by PyAV (whose wheel carries its own FFmpeg) where torchcodec does not import
+because FFmpeg's libraries are missing. Both give the same pixels; `VIDEO_BACKEND=torchcodec|pyav` decides by hand. A
+GPU, by torchcodec alone, gives pixels some grey levels off. Random access costs a keyframe interval per jump, so read
+forwards.
 """
 
 import os
@@ -41,11 +42,12 @@ def video_backend() -> str:
 
 
 class VideoReader:
-    """Frames of one file by number. `n_frames` counts those that can be decoded: a file that was cut off has fewer than
-    were recorded. Raises ValueError naming a file that is no video or has no frame."""
+    """Frames of one file by number, on `device`. `n_frames` counts those that can be decoded: a file that was cut off
+    has fewer than were recorded. Where `device` cannot decode, the CPU does, and `fallback` says why. Raises ValueError
+    naming a file that is no video or has no frame."""
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu"):
+        self.path, self.device = Path(path), torch.device(device)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is missing. Record the session again, or remove its folder.")
         try:
@@ -60,6 +62,21 @@ class VideoReader:
             self.n_frames -= 1
         if self.n_frames == 0:
             raise ValueError(f"{self.path} has no frame that can be decoded. Remove the session's folder.")
+        self.fallback = "" if self.device.type == "cpu" else self._decode_on_device()
+
+    def _decode_on_device(self) -> str:
+        """Have the device decode from here on, or tell why it cannot. torchcodec itself falls back silently, and gets
+        the colours of yuv444p wrong then (its issue 1414)."""
+        if video_backend() != "torchcodec":
+            return "PyAV decodes on the CPU alone"
+        try:
+            source = _TorchcodecSource(self.path, self.device)
+        except (RuntimeError, ValueError) as error:  # a torchcodec without CUDA, or a device that no decoder knows
+            return f"torchcodec has no decoder for {self.device}: {str(error).strip().splitlines()[0]}"
+        if source.decoder.cpu_fallback:
+            return str(source.decoder.cpu_fallback)
+        self._source = source
+        return ""
 
     def _decodes(self, index: int) -> bool:
         try:
@@ -68,20 +85,20 @@ class VideoReader:
             return False
 
     def read(self, start: int, stop: int, stride: int = 1) -> torch.Tensor:
-        """Frames start, start + stride, ... below stop: uint8 (n, 3, H, W)."""
+        """Frames start, start + stride, ... below stop: uint8 (n, 3, H, W) on `device`."""
         if not 0 <= start < stop <= self.n_frames:
             raise IndexError(f"{self.path}: frames {start} to {stop} asked for, it has {self.n_frames}")
         try:
-            return self._source.read(start, stop, stride)
+            return self._source.read(start, stop, stride).to(self.device)
         except (RuntimeError, av.FFmpegError) as error:
             raise ValueError(f"{self.path}: frames {start} to {stop} do not decode: {error}") from None
 
 
 class _TorchcodecSource:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: torch.device | str = "cpu"):
         from torchcodec.decoders import VideoDecoder
 
-        self.decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+        self.decoder = VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1, device=device)
         self.n_frames = len(self.decoder)
         self.height, self.width = self.decoder.metadata.height, self.decoder.metadata.width
 
@@ -123,7 +140,8 @@ class _PyAVSource:
 def iter_frames(
     path: Path | str, start: int = 0, stop: int | None = None, stride: int = 1, size: int | None = None
 ) -> Iterator[tuple[range, torch.Tensor]]:
-    """Decode forwards in chunks: frame numbers (n) and pixels, uint8 (n, 3, H, W), resized to `size` if given."""
+    """Decode forwards in chunks: frame numbers (n) and pixels, uint8 (n, 3, H, W) on the reader's device, resized to
+    `size` if given."""
     reader = path if isinstance(path, VideoReader) else VideoReader(path)
     stop = reader.n_frames if stop is None else min(stop, reader.n_frames)
     chunk = stride * max(1, CHUNK_BYTES // (3 * reader.height * reader.width))

@@ -71,11 +71,11 @@ class Votes:
     dy: np.ndarray  # (N, D) that dy, cells
 
 
-def count_votes(chunks: Iterable[tuple[range, torch.Tensor]], device: str, bar: tqdm) -> Votes:
+def count_votes(chunks: Iterable[tuple[range, torch.Tensor]], bar: tqdm) -> Votes:
     """Votes of the frames of `iter_frames`; there is none of the first one."""
     parts, last = [], None
     for indices, frames in chunks:
-        now = spectra(frames.to(device))
+        now = spectra(frames)
         last = torch.zeros_like(now[:1]) if last is None else last
         surface = correlate(torch.cat([last, now[:-1]]), now)
         chance = CHANCE / (now.shape[2] * 2 * (now.shape[3] - 1)) ** 0.5
@@ -197,7 +197,6 @@ def progress_steps(
     reader: VideoReader,
     n_frames: int,
     sprite_width: float,
-    device: str,
     rescan: bool = False,
     progress_bar: Callable[..., tqdm] = tqdm,
 ) -> np.ndarray:
@@ -211,7 +210,7 @@ def progress_steps(
         torch.set_num_threads(1)  # a frame is too little to share
         try:
             with progress_bar(total=n_frames, desc=f"{session.name}: scrolling", unit="frame") as bar:
-                votes = count_votes(iter_frames(reader, stop=n_frames, stride=stride), device, bar)
+                votes = count_votes(iter_frames(reader, stop=n_frames, stride=stride), bar)
         finally:
             torch.set_num_threads(threads)
         steps, confidence, share = camera_steps(votes)

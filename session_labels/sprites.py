@@ -90,7 +90,6 @@ def find_scale(
     threshold: float,
     reader: VideoReader,
     n_frames: int,
-    device: str,
     bar: Callable = iter,
     roi: Roi | None = None,
 ) -> float | None:
@@ -107,12 +106,12 @@ def find_scale(
         finder = load((scale,)).finder
         if any(h > frames.shape[1] or w > frames.shape[2] for h, w in (t.shape for t in finder.bank.templates)):
             return [0.0] * len(frames)
-        parts = (part.to(device).float() for part in frames.split(8))
+        parts = (part.float() for part in frames.split(8))
         return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, finder)]
 
     def best_scores_enlarged(scale: float) -> list[float]:  # the same, faster for sprites too small for coarse to fine
         size = [round(side / scale) for side in frames.shape[1:]]
-        parts = (part[:, None].to(device).float() for part in frames.split(8))
+        parts = (part[:, None].float() for part in frames.split(8))
         parts = (F.interpolate(part, size, mode="bilinear", antialias=True)[:, 0] for part in parts)
         return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, drawn)]
 

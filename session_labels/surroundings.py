@@ -66,7 +66,7 @@ def look_around(frames: torch.Tensor, eyes: Eyes) -> list[set[str]]:
     return near
 
 
-def find_surroundings(reader: VideoReader, eyes: Eyes, n_frames: int, stride: int, device: str, name: str) -> dict:
+def find_surroundings(reader: VideoReader, eyes: Eyes, n_frames: int, stride: int, name: str) -> dict:
     """What is near Tux in frames 0, stride, 2 stride, ... of a video, each for itself and the frames up to the next:
     name in AROUND -> (n_frames,) bool."""
     near = {sign: np.zeros(n_frames, bool) for sign in AROUND}
@@ -75,7 +75,7 @@ def find_surroundings(reader: VideoReader, eyes: Eyes, n_frames: int, stride: in
     try:
         with tqdm(total=n_frames, desc=f"{name}: surroundings", unit="frame") as bar:
             for indices, frames in iter_frames(reader, stop=n_frames, stride=stride):
-                for i, signs in zip(indices, look_around(grey(frames.to(device)), eyes), strict=True):
+                for i, signs in zip(indices, look_around(grey(frames), eyes), strict=True):
                     for sign in signs:
                         near[sign][i : i + stride] = True
                 bar.update(min(len(indices) * stride, n_frames - bar.n))

@@ -108,7 +108,7 @@ def same_events(folder: Path, sprites, strides) -> tuple[set[int], dict]:
     session, reader = load_session(folder), VideoReader(folder / "recording.mp4")
     times = session.timestamps[: reader.n_frames]
     with tqdm(total=len(times), desc=folder.name) as bar:
-        all_found = precompute_labels.find_detections(reader, sprites, len(times), 1, "cpu", bar)
+        all_found = precompute_labels.find_detections(reader, sprites, len(times), 1, bar)
 
     def events(stride: int) -> dict:
         seen, options = [d for d in all_found if d.frame % stride == 0], precompute_labels.Args(event_stride=stride)
@@ -170,7 +170,7 @@ def main(args: Args):
     def label(n, stride=1):
         reader = VideoReader(sessions[n % len(sessions)] / "recording.mp4")
         bar = tqdm(total=reader.n_frames, disable=True)
-        precompute_labels.find_detections(reader, sprites, reader.n_frames, stride, "cpu", bar)
+        precompute_labels.find_detections(reader, sprites, reader.n_frames, stride, bar)
 
     ways = {"decode": decode, "label": label, f"label, stride {stride}": lambda n: label(n, stride)}
     n_frames = np.mean([VideoReader(folder / "recording.mp4").n_frames for folder in sessions])

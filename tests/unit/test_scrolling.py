@@ -44,7 +44,7 @@ def found(pictures):
     """Steps (N, 2) dy, dx, confidence (N,) and share of `pictures` (N, H, W, 3), handed over in chunks of 7."""
     frames = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     chunks = ((range(i, min(i + 7, len(frames))), frames[i : i + 7]) for i in range(0, len(frames), 7))
-    return camera_steps(count_votes(chunks, "cpu", tqdm(disable=True)))
+    return camera_steps(count_votes(chunks, tqdm(disable=True)))
 
 
 def walk(n, rng):

@@ -1,6 +1,8 @@
 """Video: what is written comes back, by number, resized alike, cut off or not. Runs with either backend."""
 
+import importlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 
 from common import video
 from common.video import ForwardReader, VideoReader, VideoWriter, grey, iter_frames, resize
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def picture(i: int, height=48, width=64) -> np.ndarray:
@@ -122,6 +126,51 @@ def test_resize_is_the_antialiased_one_and_does_not_depend_on_the_batch(path):
     assert (whole - expected).abs().max() <= 1.01
     assert torch.equal(whole[3:4], resize(frames[3:4], 20, 30))
     assert torch.equal(resize(frames, 48, 64), frames)
+
+
+def test_a_device_that_cannot_decode_gets_what_the_cpu_decodes(path):
+    """`meta` stands for one that no decoder knows: its tensors have shapes alone."""
+    reader = VideoReader(path, "meta")
+    assert re.search("no decoder for meta|PyAV", reader.fallback)
+    assert reader.n_frames == 60 and VideoReader(path).fallback == ""
+    ((_, frames),) = iter_frames(reader, size=24)
+    assert frames.device.type == "meta" and frames.shape == (60, 3, 24, 24) and frames.dtype == torch.uint8
+
+
+@pytest.mark.skipif(video.video_backend() != "torchcodec", reason="PyAV has no GPU decoder")
+@pytest.mark.parametrize("why", ["", "NVCUVID not available"])
+def test_a_decoder_that_falls_back_silently_is_not_used(path, why, monkeypatch):
+    """torchcodec on a GPU that cannot decode the file, in the place of a GPU: `cpu_fallback` tells."""
+    decoders = importlib.import_module("torchcodec.decoders")
+    real, made = decoders.VideoDecoder, []
+
+    def on_a_gpu(source, device, **options):
+        decoder = real(source, **options)
+        if torch.device(device).type == "cuda":
+            made.append(decoder)
+            monkeypatch.setattr(real, "cpu_fallback", why)
+        return decoder
+
+    monkeypatch.setattr(decoders, "VideoDecoder", on_a_gpu)
+    reader = VideoReader(path, "cuda")
+    assert len(made) == 1 and reader.fallback == why
+    assert (reader._source.decoder is made[0]) == (why == "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("session", ["heldout_1", "heldout_2"])
+def test_the_gpu_decodes_to_nearly_the_same_pixels(session):
+    """Real sessions. torchcodec compares its own two decoders with a tolerance of two levels."""
+    file = REPOSITORY / "sample_dataset" / session / "recording.mp4"
+    reader, on_cpu = VideoReader(file, "cuda"), VideoReader(file)
+    if reader.fallback:
+        pytest.skip(reader.fallback)
+    assert reader.n_frames == on_cpu.n_frames
+    for indices, expected in iter_frames(on_cpu, stride=10):
+        frames = reader.read(indices.start, indices[-1] + 1, 10)
+        assert frames.device.type == "cuda"
+        levels = (frames.cpu().int() - expected).abs().float()
+        assert levels.mean() < 0.5 and (levels <= 2).float().mean() > 0.99
 
 
 @pytest.mark.gpu
