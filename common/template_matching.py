@@ -12,8 +12,8 @@ Facts: masked matching separates the death sprite (0.92 or more against 0.75 or 
 recognisable, and only places that look like it are compared again, closer, in float64 at full size.
 
 The variance is a small difference of large sums: in float32 the score is wrong by some hundredths near one grey
-level of deviation. `score_maps` therefore takes float64. `match` needs the best position only: it finds the positions
-that float32 cannot rule out, on most frames a handful, and computes these from their pixels in float64.
+level of deviation. `score_maps` therefore takes float64, and `find` leaves to float32 what that cannot spoil: which
+positions are in question.
 """
 
 import math
@@ -31,8 +31,7 @@ FIND_VERSION = 1  # raise it with a change of what `find` gives: recordings are 
 FLAT = 1.0  # deviation under the mask, in grey levels, below which the score is 0 by definition
 VARIANCE_ERROR = 0.1  # of float32, in squared grey levels; at most 0.05 on frames made to be difficult
 SCORE_ERROR = 1e-3  # of float32 with the right variance; at most 1e-4 there
-MAX_CANDIDATES = 128  # positions; more, as on a flat frame, cost less as a float64 map
-FRAMES_AT_ONCE = 32  # on a GPU; on a CPU one by one, which stays in its cache
+FRAMES_AT_ONCE = 32  # that `find` makes smaller, and a GPU searches, at once
 FACTORS = (4, 2)  # by which frames are made smaller for the first look, powers of two
 RECOGNISABLE = 0.6  # score of a small template with itself, at the worst of places, from which a first look is worth it
 NEAR = 0.95  # times that score: from there on a closer look decides
@@ -136,10 +135,10 @@ def _spectrum(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _correlations(
-    image: torch.Tensor, bank: Bank, wanted: list[int] | range, dtype: torch.dtype
+    image: torch.Tensor, bank: Bank, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each `wanted` template and a centred `image` (N, H, W): sum(I T') / sqrt(n), float32, and deviation^2 and
-    sum(M I) / n, both `dtype`; (N, H-h+1, W-w+1) each."""
+    """For each template and a centred `image` (N, H, W): sum(I T') / sqrt(n), float32, deviation^2 and sum(M I) / n,
+    both `dtype`, (N, H-h+1, W-w+1) each."""
     H, W = image.shape[-2:]
     check_sizes(bank, H, W)
     size = next_fast_len(H, real=True), next_fast_len(W, real=True)  # 599x797 takes five times as long as 600x800
@@ -156,8 +155,8 @@ def _correlations(
     spectrum, spectrum_of_square = _spectrum(image, size), _spectrum(image.square(), size)
     spectrum32 = spectrum.to(torch.complex64)  # (N, size[0], size[1] // 2 + 1)
     statistics = {}  # per mask
-    for t in wanted:
-        m, (h, w) = bank.mask_of[t], bank.templates[t].shape
+    for t, m in enumerate(bank.mask_of):
+        h, w = bank.templates[t].shape
 
         def correlate(frame_spectrum, other_spectrum, h=h, w=w):
             columns = torch.fft.ifft(frame_spectrum * other_spectrum, dim=1)[:, : H - h + 1]
@@ -169,72 +168,14 @@ def _correlations(
         yield correlate(spectrum32, template_spectra[t]), *statistics[m]
 
 
-def _scores(correlation: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    scale = F.threshold(variance, FLAT**2, math.inf).float().rsqrt_()  # 0 where flat
-    return (correlation * scale).clamp_(-1, 1)
-
-
 def score_maps(frames: torch.Tensor, bank: Bank) -> Iterator[torch.Tensor]:
     """The scores of `frames` (N, H, W) float32 0..255 at every position: T maps (N, H-h+1, W-w+1) float32 in [-1, 1].
 
     Row y, column x of a map is the template's top left corner. Raises ValueError where a template exceeds the frame.
     """
-    for correlation, variance, _ in _correlations(centre(frames), bank, range(len(bank.names)), torch.float64):
-        yield _scores(correlation, variance)
-
-
-def exact_score(frame: np.ndarray, template: np.ndarray, mask: np.ndarray, y: int, x: int) -> float:
-    """The score at one position of `frame` (H, W) in float64. `template`, `mask` (h, w) as in a Bank, `mask` bool."""
-    h, w = template.shape
-    pixels = frame[y : y + h, x : x + w][mask].astype(np.float64)  # (n,)
-    pixels -= pixels.mean()
-    norm = math.sqrt(pixels @ pixels)  # sqrt(n) deviation
-    return pixels @ template[mask] / norm if norm > FLAT * math.sqrt(len(pixels)) else 0.0
-
-
-def _best_of_few(frame: np.ndarray, template: np.ndarray, mask: np.ndarray, correlation, variance):
-    """Score, y and x of the best position, from float32 maps (H-h+1, W-w+1); None where too many are in question."""
-    variance = F.threshold(variance, FLAT**2 - VARIANCE_ERROR, math.inf).sub_(VARIANCE_ERROR).clamp_(min=FLAT**2)
-    upper = (correlation + SCORE_ERROR).mul_(variance.rsqrt_())  # no positive score is higher than this
-    per_row = upper.amax(1)  # (H-h+1,)
-    y = int(per_row.argmax())
-    least = exact_score(frame, template, mask, y, int(upper[y].argmax()))  # the best score is not lower than this
-    rows = (per_row >= least).nonzero().flatten()
-    candidates = [(y, x) for y in rows.tolist() for x in (upper[y] >= least).nonzero().flatten().tolist()]
-    if least <= 0 or len(candidates) > MAX_CANDIDATES:
-        return None
-    scores = [exact_score(frame, template, mask, y, x) for y, x in candidates]
-    best = int(np.argmax(scores))  # the first of equals
-    return scores[best], *candidates[best]
-
-
-def match(frames: torch.Tensor, bank: Bank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best position of every template in every frame of `frames` (N, H, W) float32 0..255, the first of equals.
-
-    Returns score (N, T) float32 in [-1, 1], y (N, T) and x (N, T) int64 of the template's top left corner.
-    """
-    N, T = len(frames), len(bank.names)
-    score = torch.zeros(N, T, device=frames.device)
-    y, x = (torch.zeros(N, T, dtype=torch.int64, device=frames.device) for _ in range(2))
-    on_cpu = frames.device.type == "cpu"
-    step = 1 if on_cpu else FRAMES_AT_ONCE
-    templates = [(bank.templates[t].numpy(), bank.masks[m].numpy() > 0) for t, m in enumerate(bank.mask_of)]
-    for i in range(0, N, step):
-        undecided = list(range(T))
-        if on_cpu:
-            maps = _correlations(centre(frames[i : i + 1]), bank, range(T), torch.float32)
-            for t, (correlation, variance, _) in enumerate(maps):
-                best = _best_of_few(frames[i].numpy(), *templates[t], correlation[0], variance[0])
-                if best is not None:
-                    score[i, t], y[i, t], x[i, t] = best
-                    undecided.remove(t)
-        if undecided:
-            maps = _correlations(centre(frames[i : i + step]), bank, undecided, torch.float64)
-            for t, (correlation, variance, _) in zip(undecided, maps, strict=True):
-                scores = _scores(correlation, variance)
-                score[i : i + step, t], best = scores.flatten(1).max(dim=1)
-                y[i : i + step, t], x[i : i + step, t] = best // scores.shape[2], best % scores.shape[2]
-    return score.clamp_(-1, 1), y, x
+    for correlation, variance, _ in _correlations(centre(frames), bank, torch.float64):
+        scale = F.threshold(variance, FLAT**2, math.inf).float().rsqrt_()  # 0 where flat
+        yield (correlation * scale).clamp_(-1, 1)
 
 
 @dataclass
@@ -367,7 +308,7 @@ def first_look(frames: torch.Tensor, look: Look) -> torch.Tensor:
         return torch.cat(parts)
     (H, W), deviations, places = frames.shape[1:], {}, []  # per mask; per template
     image = centre(frames)
-    maps = _correlations(image, look.bank, range(len(look.wanted)), torch.float32)
+    maps = _correlations(image, look.bank, torch.float32)
     for i, (correlation, variance, mean) in enumerate(maps):
         m = look.bank.mask_of[i]
         if m not in deviations:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.template_matching
 
-Two sets of sprites: the two of a death, and all six that precompute_labels.py looks for. `find` and `match` are given
-some frames of real sessions at once, as they come from the video; OpenCV takes them one by one. Labelling a session
+Two sets of sprites: the two of a death, and all six that precompute_labels.py looks for. `find` is given some
+frames of real sessions at once, as they come from the video; OpenCV takes them one by one. Labelling a session
 from its video is compared with decoding it alone, at stride 1 and at the largest stride that finds the same events.
 What `find` reports is compared with the float64 maps at full size, on frames around the events of the sessions. Writes
 results/template_matching_deaths.json, template_matching.json and labelling.json.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 import precompute_labels
 from benchmarks.speed.paired import report, run_in_turn
 from common.sessions import TRUTH, load_session, read_table
-from common.template_matching import Bank, find, make_finder, match, score_maps
+from common.template_matching import Bank, find, make_finder, score_maps
 from common.video import VideoReader, grey, iter_frames
 from session_labels.truth import TOLERANCE_S
 
@@ -153,7 +153,6 @@ def main(args: Args):
             "OpenCV, masked": lambda n, search=search: [search(frame.numpy()) for frame in rounds[n]],
             "find": lambda n, coarse=coarse: find(rounds[n], coarse),
             "find at full size alone": lambda n, full=full: find(rounds[n], full),
-            "match": lambda n, part=part: match(rounds[n], part),
         }
         looks = {look.factor: [part.names[t] for t in look.wanted] for look in coarse.looks}
         targets = [("find", "OpenCV, masked", least), ("find at full size alone", "OpenCV, masked", 4.5)]

@@ -33,7 +33,7 @@ from common.sessions import (
     read_table,
     write_table,
 )
-from common.template_matching import load_sprites, match
+from common.template_matching import load_sprites, score_maps
 from common.video import VideoReader, grey, resize
 from precompute_labels import (
     Args,
@@ -407,7 +407,7 @@ def test_what_only_looks_like_a_death_at_half_size_is_none(dataset):
     assert events["frame_idx"] == [40]
 
     halved = grey(resize(torch.from_numpy(pictures[10].transpose(2, 0, 1))[None], 48, 64))
-    scores, _, _ = match(halved, load_sprites([folder / "gameover-0.png"], 0.5))
+    (scores,) = score_maps(halved, load_sprites([folder / "gameover-0.png"], 0.5))
     assert scores.max() > 0.8, "half size alone would be deceived"
 
 

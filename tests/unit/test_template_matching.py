@@ -9,18 +9,26 @@ from PIL import Image
 
 from common import template_matching
 from common.template_matching import (
-    exact_score,
     find,
     load_sprites,
     make_bank,
     make_finder,
-    match,
     score_maps,
     share_masks,
 )
 from tests.reference import masked_zncc
 
 H, W = 40, 56
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+def best_place(scores: torch.Tensor) -> tuple[float, int, int]:
+    """The highest score of a map (1, h, w), its row and column."""
+    return scores.max().item(), *divmod(int(scores.argmax()), scores.shape[2])
 
 
 def random_template(rng, h, w):
@@ -49,12 +57,12 @@ def difficult_frames(rng, H=H, W=W):
 
 @pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
 @pytest.mark.parametrize("size", [(11, 15), (7, 4), (3, 4), (H, 9), (H, W)])
-def test_equals_float64_reference_at_every_position(kind, size):
+def test_equals_float64_reference_at_every_position(kind, size, device):
     rng = np.random.default_rng(sum(size))
     frame = difficult_frames(rng)[kind].astype(np.float32)
     grey, mask = random_template(rng, *size)
-    (scores,) = score_maps(torch.from_numpy(frame)[None], make_bank(["t"], [grey], [mask]))
-    expected, deviation = masked_zncc(frame, grey, mask)
+    (scores,) = score_maps(torch.from_numpy(frame)[None].to(device), make_bank(["t"], [grey], [mask]))
+    scores, (expected, deviation) = scores.cpu(), masked_zncc(frame, grey, mask)
     assert scores.shape == (1, H - size[0] + 1, W - size[1] + 1)
     assert torch.isfinite(scores).all() and scores.abs().max() <= 1
     error = np.abs(scores[0].numpy() - expected)
@@ -62,54 +70,15 @@ def test_equals_float64_reference_at_every_position(kind, size):
     assert (scores[0].numpy()[deviation < 1] == 0).all()  # flat by definition
 
 
-@pytest.mark.parametrize("max_candidates", [0, 1, 128, 10**6])
 @pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
-def test_match_finds_the_float64_maximum(kind, max_candidates, monkeypatch):
-    """However many positions float32 leaves in question: 0 decides by maps always, 10**6 by single positions."""
-    monkeypatch.setattr(template_matching, "MAX_CANDIDATES", max_candidates)
-    rng = np.random.default_rng(20)
-    frame = difficult_frames(rng)[kind].astype(np.float32)
-    templates = [random_template(rng, *size) for size in ((11, 15), (7, 4), (3, 4), (H, 9), (H, W))]
-    bank = make_bank(list("abcde"), *zip(*templates, strict=True))
-    score, y, x = match(torch.from_numpy(frame)[None], bank)
-    for t, (grey, mask) in enumerate(templates):
-        expected, deviation = masked_zncc(frame, grey, mask)
-        expected[deviation <= 1] = 0
-        assert abs(score[0, t] - expected.max()) < (1e-6 if max_candidates == 10**6 else 1e-4)
-        assert expected[y[0, t], x[0, t]] == pytest.approx(expected.max(), abs=1e-4)
-
-
-def test_of_equal_positions_the_first_is_taken():
-    """A pattern that repeats every 8 pixels: all its positions score 1, in float64 and in float32."""
-    rng = np.random.default_rng(21)
-    tile = rng.integers(0, 256, (8, 8))
-    bank = make_bank(["t"], [np.tile(tile, (2, 2))[3:12, 5:15]], [np.ones((9, 10), bool)])
-    score, y, x = match(torch.from_numpy(np.tile(tile, (5, 7))).float()[None], bank)
-    assert score.item() == pytest.approx(1, abs=1e-6) and (y.item(), x.item()) == (3, 5)
-
-
-def test_exact_score_is_the_reference():
-    rng = np.random.default_rng(22)
-    grey, mask = random_template(rng, 9, 12)
-    frame = np.where(np.arange(W) < W // 2, 100 + rng.normal(0, 1.0, (H, W)), rng.uniform(0, 255, (H, W)))
-    template = make_bank(["t"], [grey], [mask]).templates[0].numpy()
-    expected, deviation = masked_zncc(frame, grey, mask)
-    for y, x in np.ndindex(expected.shape):
-        right = expected[y, x] if deviation[y, x] > 1 else 0
-        assert exact_score(frame, template, mask, y, x) == pytest.approx(right, abs=1e-6)
-
-
-@pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
-def test_float32_stays_within_half_its_bounds(kind):
-    """`match` rules positions out by these bounds, so they have to hold on frames made to be difficult."""
+def test_float32_stays_within_half_its_bounds(kind, device):
+    """`find` rules positions out by these bounds, so they have to hold on frames made to be difficult."""
     rng = np.random.default_rng(23)
     frame = difficult_frames(rng, 480, 640)[kind].astype(np.float32)
     templates = [random_template(rng, *size) for size in ((3, 4), (12, 12), (48, 40))]
     bank = make_bank(list("abc"), *zip(*templates, strict=True))
-    single, double = (
-        template_matching._correlations(template_matching.centre(torch.from_numpy(frame)[None]), bank, range(3), dtype)
-        for dtype in (torch.float32, torch.float64)
-    )
+    image = template_matching.centre(torch.from_numpy(frame)[None].to(device))
+    single, double = (template_matching._correlations(image, bank, dtype) for dtype in (torch.float32, torch.float64))
     for template, (_, mask), (correlation, variance, _), (_, exact, _) in zip(
         bank.templates, templates, single, double, strict=True
     ):
@@ -120,12 +89,13 @@ def test_float32_stays_within_half_its_bounds(kind):
             assert abs(correlation[0, y, x] - expected) < template_matching.SCORE_ERROR / 2
 
 
-def test_flat_frames_score_zero_and_stay_finite():
+def test_flat_frames_score_zero_and_stay_finite(device):
     grey, mask = random_template(np.random.default_rng(1), 9, 9)
     bank = make_bank(["t"], [grey], [mask])
     for level in (0.0, 128.0, 255.0):
-        score, _, _ = match(torch.full((2, H, W), level), bank)
-        assert (score == 0).all()
+        frames = torch.full((2, H, W), level, device=device)
+        assert (next(score_maps(frames, bank)) == 0).all()
+        assert find(frames, make_finder(bank, [0.1])) == [[], []]
 
 
 def test_large_frame_keeps_the_accuracy():
@@ -150,26 +120,22 @@ def test_pasted_sprite_is_found_where_it_is(y, x):
     grey, mask = random_template(rng, 9, 12)
     frame = rng.uniform(0, 255, (H, W))
     frame[y : y + 9, x : x + 12][mask] = 40 + 0.5 * grey[mask]  # brightness and contrast do not matter
-    score, found_y, found_x = match(torch.from_numpy(frame).float()[None], make_bank(["t"], [grey], [mask]))
-    assert score.item() > 0.999
-    assert (found_y.item(), found_x.item()) == (y, x)
+    (scores,) = score_maps(torch.from_numpy(frame).float()[None], make_bank(["t"], [grey], [mask]))
+    score, *place = best_place(scores)
+    assert score > 0.999 and place == [y, x]
 
 
-def test_many_frames_and_templates_give_the_same_as_one_by_one():
+def test_templates_with_equal_masks_share_them_and_give_the_same_as_alone():
     rng = np.random.default_rng(4)
     frames = torch.from_numpy(rng.uniform(0, 255, (5, H, W))).float()
     templates = [random_template(rng, h, w) for h, w in ((9, 12), (5, 5), (9, 12))]
     templates.append((rng.uniform(0, 255, (9, 12)), templates[0][1].copy()))  # the first one's mask again
-    greys, masks = [grey for grey, _ in templates], [mask for _, mask in templates]
-    bank = make_bank(list("abcd"), greys, masks)
+    bank = make_bank(list("abcd"), *zip(*templates, strict=True))
     assert bank.mask_of == [0, 1, 2, 0]
-    together = match(frames, bank)
-    assert all(result.shape == (5, 4) for result in together)
-    for n in range(5):
-        for t in range(4):
-            alone = match(frames[n : n + 1], make_bank(["t"], [greys[t]], [masks[t]]))
-            for result, expected in zip(together, alone, strict=True):
-                assert result[n, t] == pytest.approx(expected.item(), abs=1e-6)
+    for scores, (grey, mask) in zip(score_maps(frames, bank), templates, strict=True):
+        for n in range(5):
+            (alone,) = score_maps(frames[n : n + 1], make_bank(["t"], [grey], [mask]))
+            torch.testing.assert_close(scores[n : n + 1], alone, atol=1e-6, rtol=0)
 
 
 def test_maps_of_many_frames_are_those_of_each():
@@ -190,11 +156,11 @@ def test_spectra_are_kept_per_frame_size():
     for size in ((20, 30), (30, 20), (20, 30)):
         frame = rng.uniform(0, 255, size)
         frame[4:10, 7:13][mask] = grey[mask]
-        score, y, x = match(torch.from_numpy(frame).float()[None], bank)
-        assert (y.item(), x.item()) == (4, 7) and score.item() > 0.999
+        score, *place = best_place(next(score_maps(torch.from_numpy(frame).float()[None], bank)))
+        assert place == [4, 7] and score > 0.999
     assert len(bank.spectra) == 2
     kept = dict(bank.spectra)
-    match(torch.zeros(1, 20, 30), bank)
+    next(score_maps(torch.zeros(1, 20, 30), bank))
     assert all(bank.spectra[key] is kept[key] for key in kept)
 
 
@@ -266,8 +232,8 @@ def test_half_scale_of_an_odd_size_is_exactly_half(tmp_path):
     half = torch.nn.functional.interpolate(
         torch.from_numpy(frame).float()[None, None], (40, 56), mode="bilinear", antialias=True
     )[0]
-    score, y, x = match(half, bank)
-    assert (y.item(), x.item()) == (15, 25) and score.item() > 0.93
+    score, *place = best_place(next(score_maps(half, bank)))
+    assert place == [15, 25] and score > 0.93
 
 
 def test_useless_input_is_refused_by_name(tmp_path):
@@ -280,7 +246,7 @@ def test_useless_input_is_refused_by_name(tmp_path):
         load_sprites(tmp_path)
     bank = make_bank(["big.png"], [np.random.default_rng(9).uniform(0, 255, (5, 50))], [np.ones((5, 50), bool)])
     with pytest.raises(ValueError, match="big.png is 50x5 pixels, larger than the 40x30 frame"):
-        match(torch.zeros(1, 30, 40), bank)
+        find(torch.zeros(1, 30, 40), make_finder(bank, [0.9]))
 
 
 def sprite(rng, h, w):
@@ -296,7 +262,7 @@ def paste(frame, y, x, grey, mask, contrast=0.8):
 
 
 @pytest.mark.parametrize(("h", "w", "factor"), [(43, 57, 4), (13, 33, 2), (9, 12, 1)])
-def test_find_sees_a_sprite_wherever_it_is(h, w, factor):
+def test_find_sees_a_sprite_wherever_it_is(h, w, factor, device):
     """Every place between the cells of the smaller frame, the four corners, a frame whose size no factor divides."""
     rng = np.random.default_rng(h)
     grey, mask = sprite(rng, h, w)
@@ -309,15 +275,15 @@ def test_find_sees_a_sprite_wherever_it_is(h, w, factor):
     for frame, (y, x) in zip(frames, places, strict=True):
         paste(frame, y, x, grey, mask)
     frames = torch.from_numpy(frames).float()
-    for frame, hits, (y, x) in zip(frames, find(frames, finder), places, strict=True):
-        right = exact_score(frame.numpy(), bank.templates[0].numpy(), mask, y, x)
+    for frame, hits, (y, x) in zip(frames.numpy(), find(frames.to(device), finder), places, strict=True):
+        right = masked_zncc(frame[y : y + h, x : x + w], grey, mask)[0].item()
         assert right > 0.99 and hits[0] == (pytest.approx(right, abs=1e-6), 0, y, x)
         assert all(score >= 0.85 for score, *_ in hits)
 
 
 @pytest.mark.parametrize("factors", [(4, 2), (2,), ()])
 @pytest.mark.parametrize("kind", list(difficult_frames(np.random.default_rng(0))))
-def test_find_reports_what_the_float64_maps_have(kind, factors):
+def test_find_reports_what_the_float64_maps_have(kind, factors, device):
     """Each hit has the score that the map has there; with the look at full size alone, no local maximum is missed."""
     rng = np.random.default_rng(30)
     frame = difficult_frames(rng, 61, 83)[kind]
@@ -326,7 +292,7 @@ def test_find_reports_what_the_float64_maps_have(kind, factors):
         paste(frame, y, x, grey, mask)
     bank = make_bank(list("abc"), *zip(*templates, strict=True))
     frames = torch.from_numpy(frame).float()[None]
-    (hits,) = find(frames, make_finder(bank, [0.7] * 3, factors))
+    (hits,) = find(frames.to(device), make_finder(bank, [0.7] * 3, factors))
     maps = [scores[0] for scores in score_maps(frames, bank)]
     assert {hit[1] for hit in hits} == {0, 1, 2}
     for score, t, y, x in hits:
@@ -338,7 +304,7 @@ def test_find_reports_what_the_float64_maps_have(kind, factors):
             assert near and max(near)[0] >= scores[y, x] - 1e-4
 
 
-def test_find_misses_no_perfect_match_of_templates_that_share_a_mask():
+def test_find_misses_no_perfect_match_of_templates_that_share_a_mask(device):
     """At full size, where a tenth of the pixels of either is beside the shared mask and varies more than the rest."""
     rng = np.random.default_rng(35)
     mask = sprite(rng, 24, 30)[1]
@@ -350,7 +316,7 @@ def test_find_misses_no_perfect_match_of_templates_that_share_a_mask():
     for ground in difficult_frames(rng, 61, 83).values():
         paste(ground, 5, 4, greys[0], left, 1)
         paste(ground, 30, 50, greys[1], right, 1)
-        (hits,) = find(torch.from_numpy(ground).float()[None], finder)
+        (hits,) = find(torch.from_numpy(ground).float()[None].to(device), finder)
         assert sorted(hit[1:] for hit in hits) == [(0, 5, 4), (1, 30, 50)]
 
 
@@ -391,7 +357,7 @@ def test_small_sprites_that_overlap_by_half_are_two_wherever_they_are(size):
 
 
 @pytest.mark.parametrize("size", [(61, 83), (2, 3), (1, 2), (37, 1)])
-def test_find_takes_templates_of_any_size(size):
+def test_find_takes_templates_of_any_size(size, device):
     """From the whole frame to two pixels, in frames of which a part is flat."""
     rng = np.random.default_rng(34)
     grey = rng.uniform(0, 255, size)
@@ -399,12 +365,12 @@ def test_find_takes_templates_of_any_size(size):
     frame = np.full((61, 83), 128.0)
     y, x = 61 - size[0], (83 - size[1]) // 2
     frame[y : y + size[0], x : x + size[1]] = grey
-    (hits,) = find(torch.from_numpy(frame).float()[None], make_finder(bank, [0.99]))
+    (hits,) = find(torch.from_numpy(frame).float()[None].to(device), make_finder(bank, [0.99]))
     assert (pytest.approx(1, abs=1e-6), 0, y, x) in hits
     assert hits[0][2:] == (y, x) or size == (1, 2), "two pixels also match where the ground begins"
 
 
-def test_find_gives_the_same_for_many_frames_as_for_one(monkeypatch):
+def test_find_gives_the_same_for_many_frames_as_for_one(monkeypatch, device):
     monkeypatch.setattr(template_matching, "CACHED_PIXELS", 5 * 45 * 60)  # five frames of half size at once
     rng = np.random.default_rng(31)
     templates = [sprite(rng, 43, 57), sprite(rng, 43, 57), sprite(rng, 13, 33)]
@@ -415,7 +381,7 @@ def test_find_gives_the_same_for_many_frames_as_for_one(monkeypatch):
     for n, frame in enumerate(frames):
         for number in range(n % 3):
             paste(frame, 2 + n % 7, 1 + 60 * number, *templates[(n + number) % 3])
-    frames = torch.from_numpy(frames).float()
+    frames = torch.from_numpy(frames).float().to(device)
     together = find(frames, finder)
     assert together == [find(frame[None], finder)[0] for frame in frames]
     assert sum(map(len, together)) >= 60 and find(frames[:0], finder) == []
