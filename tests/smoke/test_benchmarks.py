@@ -20,6 +20,11 @@ RIVALS = {"decode": ("cv2", "ffmpeg"), "template_matching": ("cv2",)}
             {"rounds": 1, "detections": 3, "labelled": 1},
             ["template_matching_deaths", "template_matching", "labelling"],
         ),
+        (
+            "labelling_gpu",
+            {"device": "cpu", "rounds": 1, "frames": 16, "sessions": 1},
+            ["cpu_decode", "cpu_labelling", "cpu_search"],
+        ),
         ("train_step", {"rounds": 1, "steps": 1}, ["train_step_resnet18", "train_step_cnn"]),
         ("episodes", {"rounds": 1, "batches": 1}, ["episodes"]),
         (
