@@ -1,7 +1,7 @@
 """Sprites that are looked for in recordings, where they are seen, and how large a recording shows them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,18 +102,20 @@ def find_scale(
     )  # (n, H, W)
     drawn = load((1.0,)).finder
 
+    def search(parts: Iterable[torch.Tensor], finder: Finder) -> list[float]:
+        shapes, scores = [template.shape for template in finder.bank.templates], []
+        for part in parts:
+            fits = all(h <= part.shape[1] and w <= part.shape[2] for h, w in shapes)
+            scores += [hits[0][0] if hits else 0.0 for hits in (find(part, finder) if fits else [[]] * len(part))]
+        return scores
+
     def best_scores(scale: float, frames: torch.Tensor) -> list[float]:  # of each frame
-        finder = load((scale,)).finder
-        if any(h > frames.shape[1] or w > frames.shape[2] for h, w in (t.shape for t in finder.bank.templates)):
-            return [0.0] * len(frames)
-        parts = (part.float() for part in frames.split(8))
-        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, finder)]
+        return search((part.float() for part in frames.split(8)), load((scale,)).finder)
 
     def best_scores_enlarged(scale: float) -> list[float]:  # the same, faster for sprites too small for coarse to fine
         size = [round(side / scale) for side in frames.shape[1:]]
         parts = (part[:, None].float() for part in frames.split(8))
-        parts = (F.interpolate(part, size, mode="bilinear", antialias=True)[:, 0] for part in parts)
-        return [hits[0][0] if hits else 0.0 for part in parts for hits in find(part, drawn)]
+        return search((F.interpolate(part, size, mode="bilinear", antialias=True)[:, 0] for part in parts), drawn)
 
     def excess(scores: list[float]) -> float:  # of frames that show a sprite; what scores less is some background
         return sum(max(0.0, score - threshold) for score in scores)

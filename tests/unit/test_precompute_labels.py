@@ -481,6 +481,8 @@ def test_search_of_a_region_finds_what_lies_in_it(dataset, capsys):
 def test_size_of_sprites_is_looked_for_in_the_region(dataset):
     main(arguments(dataset, roi=(40, 10, 70, 60), sprite_scales=("auto",)))
     assert read_table(dataset / "run_a" / "events.parquet", EVENTS)["event"].to_pylist() == ["DEATH", "DEATH", "WIN"]
+    with pytest.raises(SystemExit, match="--roi 0 0 9 9 is smaller than"):  # at every size that is tried
+        main(arguments(dataset, roi=(0, 0, 9, 9), sprite_scales=("auto",), overwrite=True))
 
 
 @pytest.mark.parametrize(
