@@ -51,7 +51,7 @@ install-pokemon: .venv/.pokemon ## the same, and the emulator of PokemonEnv
 demo: .venv/.core ## label the sample, train a policy on it, evaluate on the held-out session: about ten minutes
 	@echo "== 1 of 2: labels: deaths, wins, episodes and returns of sample_dataset"
 	.venv/bin/python precompute_labels.py --data-dir sample_dataset --half-life-s 2 --overwrite
-	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the session that was held out"
+	@echo "== 2 of 2: train iql_reflex.py, then evaluate it on the sessions that were held out"
 	.venv/bin/python iql_reflex.py --data-dir sample_dataset --image-size 112 --backbone cnn --lr 1e-3 --max-updates 1500
 
 demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pokemon.py learns to: about a quarter of an hour
@@ -59,7 +59,7 @@ demo-pokemon: .venv/.pokemon ## an expert plays the quest on an emulator, bc_pok
 	rm -rf build/demo_pokemon
 	.venv/bin/python collect_expert_data.py --episodes 20 --epsilon 0.4 --num-workers 2 --expert-data-dir build/demo_pokemon/expert_data
 	@echo "== 2 of 2: train bc_pokemon.py on them, then let it play beside the expert and the baselines"
-	.venv/bin/python bc_pokemon.py --expert-data-dir build/demo_pokemon/expert_data --model-dir build/demo_pokemon/models --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60 $(FLAGS)
+	.venv/bin/python bc_pokemon.py --expert-data-dir build/demo_pokemon/expert_data --model-dir build/demo_pokemon/models --total-training-steps 4000 --learning-rate 1e-3 --anneal-lr --obs-height 40 --obs-width 60 --capture-video $(FLAGS)
 
 record: .venv/.live ## record a window of your desktop into DATASET_DIR; WINDOW and FPS say which and how
 	.venv/bin/python record_session.py --fps $(FPS) --window "$(WINDOW)" --output $(DATASET_DIR)

@@ -1189,8 +1189,8 @@ def main(args: Args) -> dict:
 
     # final evaluation
     save("final_model.pth", step)
-    metrics = evaluate(network, demos, val_rows, args, device) if len(val_rows) else {}
-    summaries = {}
+    agreement = evaluate(network, demos, val_rows, args, device) if len(val_rows) else {}
+    metrics, summaries = dict(agreement), {}
     if envs and args.final_eval_episodes:
         players = {name: policy(decode) for name, decode in decodings.items()}
         players |= baselines(envs, demos, played, args) if args.baseline_episodes else {}
@@ -1214,8 +1214,8 @@ def main(args: Args) -> dict:
     writer.close()
     if envs:
         envs.close()
-    if metrics:
-        print("\nheld-out episodes: " + ", ".join(f"{n.removeprefix('eval/')} {m:.3f}" for n, m in metrics.items()))
+    if agreement:
+        print("\nheld-out episodes: " + ", ".join(f"{n.removeprefix('eval/')} {m:.3f}" for n, m in agreement.items()))
     if summaries:
         report(summaries)
     if args.export_onnx:

@@ -788,6 +788,7 @@ def main(args: Args) -> dict:
             files.install_labels(folder)
             if args.overwrite or not (folder / "returns.parquet").exists():
                 again = args.rescan and folder not in searched  # else it was just now
+                files.say_what_changes(folder, metadata, OLDER)
                 label_session(replace(args, rescan=again), session, reader, metadata)
                 done["labelled"] += 1
             else:
@@ -837,7 +838,9 @@ def main(args: Args) -> dict:
     try:
         if args.review and sessions and not stopped:
             cards = review.choose(cards, args.review)
-            review.write_page(args.data_dir / "review.html", cards, drawn.folder, args.data_dir)
+            gammas = {files.metadata_of(card.folder / "returns.parquet", RETURNS).get("gamma") for card in cards}
+            kept = ["--gamma", *gammas] if len(gammas) == 1 and gammas != {str(Args.gamma)} else []
+            review.write_page(args.data_dir / "review.html", cards, drawn.folder, args.data_dir, kept)
             taken = sum(card.taken for card in cards)
             print(f"{args.data_dir / 'review.html'} asks about {len(cards)} events, {taken} of them taken; open it")
         if compared and not stopped:

@@ -10,6 +10,7 @@ here takes both.
 import json
 import os
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,13 +234,12 @@ def read_table(path: Path | str, schema: pa.Schema) -> pa.Table:
     if not path.exists() and older.exists():
         table = _read_journal(older, schema)
     elif not path.exists():
-        raise FileNotFoundError(f"{path} is missing. {_MEND.get(path.stem, 'Record the session again.')}")
+        raise FileNotFoundError(f"{path} is missing. {_mend(path)}")
     else:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            mend = _MEND.get(path.stem, "Record the session again.")
-            raise ValueError(f"{path} is not a readable parquet file ({error}). {mend}") from None
+            raise ValueError(f"{path} is not a readable parquet file ({error}). {_mend(path)}") from None
     missing = [f.name for f in schema if f.name not in table.column_names and f.name not in _LATER_COLUMNS]
     if missing and len(table):
         raise ValueError(f"{path} lacks the column {missing[0]!r}; it has {table.column_names}. See docs/data.md")
@@ -289,10 +289,15 @@ def _journal_metadata(path: Path) -> dict[str, str]:
 
 _LATER_COLUMNS = {"repeated", "source", "reward", "x", "y"}  # schema v1 added them, older recordings do well without
 _NULLABLE = _LATER_COLUMNS | {"key_code", "key_name", "state", "data"}
-_LABEL = "Make it with: python precompute_labels.py --data-dir <the folder above the session>"
+_LABEL = "Make it with: python precompute_labels.py --data-dir {data_dir}"
 _ASK = "Take it away, and ask again with: python precompute_labels.py --review 60"
-_INTENT = "Make it with: python precompute_labels.py --labeler keys --data-dir <the folder above the session>"
+_INTENT = "Make it with: python precompute_labels.py --labeler keys --data-dir {data_dir}"
 _MEND = {"overrides": _ASK, "intent": _INTENT} | dict.fromkeys(("progress", "events", "episodes", "returns"), _LABEL)
+
+
+def _mend(path: Path) -> str:
+    """What to do about a table that is missing, or cannot be read."""
+    return _MEND.get(path.stem, "Record the session again.").format(data_dir=shlex.quote(str(path.parent.parent)))
 
 
 def write_table(path: Path | str, rows: dict[str, list] | pa.Table, schema: pa.Schema, metadata: dict | None = None):

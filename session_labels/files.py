@@ -114,6 +114,23 @@ def install_labels(folder: Path):
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def made_otherwise(old: dict[str, str], metadata: dict[str, str]) -> str:
+    """What labels with the metadata `old` were made with that now is another."""
+    changed = [(key, old.get(key, "not known"), value) for key, value in metadata.items() if old.get(key) != value]
+    return "; ".join(f"{key} {before}, not {value}" for key, before, value in changed)
+
+
+def say_what_changes(folder: Path, metadata: dict[str, str], older: dict[str, str]):
+    """Of labels that are made again: with which other settings. What a person decided changes them anyhow."""
+    try:
+        old = older | metadata_of(folder / "returns.parquet", RETURNS)
+    except (ValueError, OSError):
+        return  # no labels, or none that can be read
+    asked = {key: value for key, value in metadata.items() if not key.startswith(("recording_", "overrides"))}
+    if changed := made_otherwise(old, asked):
+        print(f"{folder.name}: its labels were made with {changed}; they are made again")
+
+
 def check_labels(folder: Path, metadata: dict[str, str], older: dict[str, str]):
     """Say that labels are kept; raise ValueError where they belong to another recording. `older`: what labels are made
     with that do not say it."""
@@ -124,8 +141,6 @@ def check_labels(folder: Path, metadata: dict[str, str], older: dict[str, str]):
                 f"{folder}/returns.parquet was made for a recording with {key} {old[key]}, recording.mp4 has "
                 f"{metadata[key]}. Label it again with --overwrite"
             )
-    changed = [
-        f"{key} {old.get(key, 'not known')}, not {value}" for key, value in metadata.items() if old.get(key) != value
-    ]
-    note = f" (made with {'; '.join(changed)})" if changed else ""
+    changed = made_otherwise(old, metadata)
+    note = f" (made with {changed})" if changed else ""
     print(f"{folder.name}: has labels{note}, kept; --overwrite makes them again")

@@ -387,10 +387,12 @@ def draw_card(card: Card, reader: VideoReader) -> dict:
     }
 
 
-def write_page(path: Path, cards: list[Card], sprites: Path, data_dir: Path):
-    """The page that asks about `cards`, with all pictures inside. `sprites`: folder of their files."""
+def write_page(path: Path, cards: list[Card], sprites: Path, data_dir: Path, flags: list[str]):
+    """The page that asks about `cards`, with all pictures inside. `sprites`: folder of their files. `flags` are those
+    that the labels are to be made with again."""
     readers, kinds = {}, sorted({kind_of(card.sprite) for card in cards})
-    page = {"schema_version": SCHEMA_VERSION, "data_dir": shlex.quote(str(data_dir)), "cards": []}
+    command = ["python", "precompute_labels.py", "--data-dir", str(data_dir), *flags, "--overwrite"]
+    page = {"schema_version": SCHEMA_VERSION, "command": shlex.join(command), "cards": []}
     for card in cards:
         if card.folder not in readers:
             readers[card.folder] = VideoReader(card.folder / "recording.mp4")

@@ -659,7 +659,10 @@ def test_labels_are_kept_unless_overwritten(dataset, capsys):
     assert (dataset / "run_a" / "returns.parquet").read_bytes() == before
     assert "run_a: has labels (made with gamma 0.99, not 0.5), kept; --overwrite" in capsys.readouterr().out
     main(arguments(dataset, gamma=0.5, overwrite=True))
+    assert "run_a: its labels were made with gamma 0.99, not 0.5; they are made again" in capsys.readouterr().out
     assert read_table(dataset / "run_a" / "returns.parquet", RETURNS)["return"][29].as_py() == -0.5
+    main(arguments(dataset, gamma=0.5, overwrite=True))
+    assert "its labels were made with" not in capsys.readouterr().out
 
 
 def test_labels_of_another_recording_are_an_error(dataset):

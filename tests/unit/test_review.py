@@ -269,6 +269,15 @@ def test_page_is_one_offline_file(asked_dataset, capsys):
     assert "review.html asks about 3 events" in capsys.readouterr().out
 
 
+def test_page_names_the_command_that_keeps_gamma(asked_dataset):
+    main(arguments(asked_dataset, half_life_s=2.0, overwrite=True))
+    main(arguments(asked_dataset, sprite_threshold=0.95, review=3))
+    gamma = pq.read_schema(asked_dataset / "run_a" / "returns.parquet").metadata[b"gamma"].decode()
+    assert gamma != "0.99" and page_of(asked_dataset)["command"] == (
+        f"python precompute_labels.py --data-dir {asked_dataset} --gamma {gamma} --overwrite"
+    )
+
+
 def test_card_shows_the_place(asked_dataset):
     card = next(c for c in page_of(asked_dataset)["cards"] if c["session"] == "run_a" and c["frame_idx"] < 60)
     assert card["event"] == "DEATH" and card["kind"] == DEATH_SPRITE and card["threshold"] == 0.95
