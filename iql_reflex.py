@@ -1161,7 +1161,7 @@ def main(args: Args) -> dict:
                     inverse_loss = inverse_dynamics_loss(inverse.float(), labels["keys_now"][rows[:-1]], followed)
                     loss = loss + args.inv_dyn_weight * inverse_loss
                 if args.intents:
-                    intents_loss = intent_loss(intent_logits.float(), intents, weights)
+                    intents_loss = intent_loss(intent_logits.float(), intents, sure * weights)
                     loss = loss + args.intent_coef * intents_loss
 
                 # step

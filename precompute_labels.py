@@ -536,14 +536,19 @@ def calibrate(args: Args, device: str, path: Path) -> tuple[str, ...]:
     """NAME=SCORE of each sprite that scores too high in footage without events, also written to `path` with the why."""
     peaks, count = {}, 0
     for footage in calibration.find_footage(args.event_free, args.data_dir, args.truth):
-        session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4", device)
+        try:
+            session, reader = load_session(footage.folder), VideoReader(footage.folder / "recording.mp4", device)
+        except (ValueError, OSError) as error:
+            print(f"--event-free does without {footage.folder}: {error}")
+            continue
         n = min(session.n_frames, reader.n_frames)
         quiet = footage.frames(session.timestamps[:n])  # (n,)
         sprites, detections = detect(args, session, reader, label_metadata(args, session, n))
         calibration.add_peaks(peaks, session.name, detections, sprites, quiet)
-        count += int(quiet.sum())
+        count += int(quiet[:: args.event_stride].sum())
     if count == 0:
-        raise ValueError(f"--event-free {' '.join(args.event_free)} names no frame without an event. Name more footage")
+        given = " ".join(args.event_free)
+        raise ValueError(f"--event-free {given} names no frame without an event that is looked at. Name more footage")
     sprites = load_all_sprites(args)
     thresholds = dict(zip(map(calibration.stem, sprites.kinds), sprites.thresholds, strict=True))
     chosen = calibration.choose_thresholds(thresholds, peaks)
@@ -716,6 +721,14 @@ def main(args: Args) -> dict:
         args = as_game_says(args, load_game(args.game))
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    for name in ("death_reward", "win_reward", "attack_reward", "survival_bonus", "progress_reward"):
+        if not np.isfinite(getattr(args, name)):
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a finite number")
+    for name in ("death_min_gap_s", "win_key_window_s", "win_key_cooldown_s", "respawn_gap_s", "intent_horizon_s"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more seconds")
+    if args.win_key_min_presses < 1:
+        raise SystemExit(f"--win-key-min-presses is {args.win_key_min_presses}, expected 1 or more")
     if args.win_key is not None and args.win_key not in KEY_CODES:
         raise SystemExit(
             f"--win-key {args.win_key} is no evdev key name, expected one such as {WIN_KEY} (docs/data.md)"
@@ -733,8 +746,6 @@ def main(args: Args) -> dict:
     if not 0 <= args.gamma <= 1 or (args.half_life_s is not None and not args.half_life_s > 0):
         given = f"--gamma {args.gamma} --half-life-s {args.half_life_s}"
         raise SystemExit(f"{given}: expected a gamma of 0 to 1, and a half-life above 0")
-    if not args.intent_horizon_s >= 0:
-        raise SystemExit(f"--intent-horizon-s is {args.intent_horizon_s}, expected 0 or more")
     args = replace(args, data_dir=args.data_dir if args.data_dir.name else args.data_dir.resolve())  # "." has no name
     try:
         device = "cpu" if args.device == "auto" and not torch.cuda.is_available() else runs.pick_device(args.device)
@@ -762,7 +773,7 @@ def main(args: Args) -> dict:
 
     sessions, failures, done, stopped = {}, [], {"labelled": 0, "kept": 0}, False
     rows, cards, compared, curves, fallbacks = {}, [], [], [], {""}
-    unlabelled = [folder for folder in folders if args.overwrite or not (folder / "returns.parquet").exists()]
+    unlabelled = [folder for folder in folders if args.overwrite or not files.has_labels(folder)]
     try:
         searched, lost = search_at_once(args, device, unlabelled)
     except (ImportError, ConnectionError) as error:
@@ -786,7 +797,7 @@ def main(args: Args) -> dict:
             # Label
             metadata = label_metadata(args, session, n)
             files.install_labels(folder)
-            if args.overwrite or not (folder / "returns.parquet").exists():
+            if args.overwrite or not files.has_labels(folder):
                 again = args.rescan and folder not in searched  # else it was just now
                 files.say_what_changes(folder, metadata, OLDER)
                 label_session(replace(args, rescan=again), session, reader, metadata)

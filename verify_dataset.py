@@ -290,7 +290,9 @@ def label_problems(
     elif gamma is not None and returns["reward"].null_count == 0:
         G, reward = returns["return"].to_numpy(), returns["reward"].to_numpy()
         last = np.isin(inside, episodes["end_frame"].to_numpy())
-        wrong = np.abs(G - reward - np.where(last, 0, float(gamma) * np.append(G[1:], 0))) > 1e-4 * (1 + np.abs(G))
+        with np.errstate(invalid="ignore"):
+            off = np.abs(G - reward - np.where(last, 0, float(gamma) * np.append(G[1:], 0)))
+            wrong = ~(off <= 1e-4 * (1 + np.abs(G)))  # also where one is not finite
         if wrong.any():
             first = f"first at frame {inside[wrong][0]}"
             yield "returns", f"{wrong.sum()} returns are not reward + {float(gamma):g} times the next one, {first}"

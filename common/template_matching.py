@@ -92,8 +92,11 @@ def load_sprites(paths: list[Path] | Path | str, scale: float = 0.5, mirror: boo
             raise FileNotFoundError(f"{folder} holds no png file, expected sprites. Name the folder that has them.")
     names, greys, masks = [], [], []
     for path in paths:
-        with Image.open(path) as image:
-            image = image.convert("RGBA")
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGBA")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is no picture that can be read ({error}). Put a whole png file there") from None
         w, h = math.ceil(image.width * scale), math.ceil(image.height * scale)
         exact = (0, 0, w / scale, h / scale)  # what is scaled to w, h: the image, and less than a pixel beside it
         canvas = Image.new("RGBA", (math.ceil(exact[2]), math.ceil(exact[3])))
@@ -212,12 +215,14 @@ def shrink(template: torch.Tensor, mask: torch.Tensor, factor: int, rim: int) ->
     return cells / cells.norm().clamp(min=1e-12), inside.float()
 
 
-def worst_self_score(template: torch.Tensor, mask: torch.Tensor, small: torch.Tensor, cells: torch.Tensor) -> float:
-    """The score of `small` with its mask `cells` where a frame made smaller shows `template` with its `mask`: at the
-    best position, for the worst place of the template between cells, on a dark, an even and a light ground."""
+def worst_self_score(
+    template: torch.Tensor, mask: torch.Tensor, small: torch.Tensor, cells: torch.Tensor, factor: int
+) -> float:
+    """The score of `small` with its mask `cells` where a frame made smaller by `factor` shows `template` with its
+    `mask`: at the best position, for the worst place of the template between cells, on a dark, an even and a light
+    ground."""
     if cells.sum() < CELLS:
         return 0.0
-    factor = template.shape[0] // small.shape[0]
     template = template * (50 / template[mask > 0].std())  # grey levels, as FLAT
     scenes = []
     for ground in (-150.0, 0.0, 150.0):
@@ -236,7 +241,8 @@ def shrink_alike(those: list[tuple], mask: torch.Tensor, factor: int) -> tuple[l
     ways = []
     for rim in (0, 1):
         small = [shrink(template, mask, factor, rim) for template, _ in those]
-        ways.append((small, [worst_self_score(*large, *pair) for large, pair in zip(those, small, strict=True)]))
+        pairs = zip(those, small, strict=True)
+        ways.append((small, [worst_self_score(*large, *pair, factor) for large, pair in pairs]))
     return max(ways, key=lambda way: min(way[1]))
 
 

@@ -58,6 +58,8 @@ def find_footage(words: tuple[str, ...], data_dir: Path, truth: str | None) -> l
             sessions = [folder for folder in find_sessions(data_dir) if is_there(folder / truth)]
             footage += [Footage(folder, truth=truth) for folder in sessions]
             continue
+        if not word:
+            raise ValueError("--event-free '': expected sessions, folders of sessions, or truth")
         name, first, last = re.fullmatch(r"(.+?)(?::(\d+)-(\d+))?", word).groups()
         folder = next((f for f in (data_dir / name, Path(name)) if f.is_dir()), None)
         if folder is None:

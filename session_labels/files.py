@@ -36,12 +36,12 @@ def check_recording(where: str, made_for: dict, recording: dict, mend: str):
 
 def scan_metadata(sprites: Sprites, metadata: dict[str, str]) -> dict[str, str]:
     """What detections depend on; those made with the same are used again."""
-    pixels = hashlib.sha256()
-    for template in sprites.finder.bank.templates:
-        pixels.update(template.numpy().tobytes())
+    looked_for = hashlib.sha256()
+    for name, event, template in zip(sprites.names, sprites.events, sprites.finder.bank.templates, strict=True):
+        looked_for.update(f"{name} {event} {tuple(template.shape)}".encode() + template.numpy().tobytes())
     recording = {name: metadata[name] for name in ("recording_frames", "recording_bytes", "event_stride", "roi")}
     scales = json.dumps(list(dict.fromkeys(sprites.scales)))
-    return recording | {"search_version": str(FIND_VERSION), "sprites": pixels.hexdigest(), "scales": scales}
+    return recording | {"search_version": str(FIND_VERSION), "sprites": looked_for.hexdigest(), "scales": scales}
 
 
 def scan_of(folder: Path) -> dict[str, str]:
@@ -98,6 +98,11 @@ def write_labels(folder: Path, events: dict, episodes: dict, returns: dict, meta
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     install_labels(folder)
+
+
+def has_labels(folder: Path) -> bool:
+    """Whether all three tables are there."""
+    return all((folder / f"{name}.parquet").exists() for name in ("events", "episodes", "returns"))
 
 
 def install_labels(folder: Path):

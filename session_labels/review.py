@@ -58,7 +58,12 @@ def load_overrides(folder: Path, recording: dict) -> list[Override]:
     if not path.exists():
         return []
     check_recording(str(path), metadata_of(path, OVERRIDES), recording, MEND)
-    return [Override(*(row[name] for name in OVERRIDES.names)) for row in read_table(path, OVERRIDES).to_pylist()]
+    overrides = [Override(*(row[name] for name in OVERRIDES.names)) for row in read_table(path, OVERRIDES).to_pylist()]
+    for number, override in enumerate(overrides):
+        if not 0 <= override.frame < int(recording["recording_frames"]) or min(override.y, override.x) < 0:
+            where = f"frame {override.frame} of {recording['recording_frames']}, y {override.y}, x {override.x}"
+            raise ValueError(f"{path}, row {number}: {where} is outside the recording. {MEND}")
+    return overrides
 
 
 def used(overrides: list[Override]) -> dict[str, str]:
@@ -145,8 +150,10 @@ def import_overrides(given: Path | None, data_dir: Path, folders: list[Path], sp
     path = given or data_dir / "overrides.json"
     if given is None and not path.exists():
         return
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if given is None and are_imported(path, folders, digest):
+        return
     found = read_overrides(path, folders, sprites)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     merged = {}
     for folder, (recording, new) in found.items():
         old, imports = load_overrides(folder, recording), imports_of(folder)
@@ -161,6 +168,16 @@ def import_overrides(given: Path | None, data_dir: Path, folders: list[Path], sp
     if merged:
         decisions = sum(len(found[folder][1]) for folder in merged)
         print(f"{path}: {decisions} decisions on {len(merged)} sessions; --overwrite makes their labels again")
+
+
+def are_imported(path: Path, folders: list[Path], digest: str) -> bool:
+    """Whether all sessions that the file decides on have its decisions: they need not be readable then."""
+    try:
+        names = {row["session"] for row in json.loads(path.read_text())["decisions"]}
+        done = {folder.name for folder in folders if folder.name in names and digest in imports_of(folder)}
+    except (ValueError, OSError, TypeError, KeyError):
+        return False  # reading it says what is wrong
+    return bool(names) and done == names
 
 
 def imports_of(folder: Path) -> list[str]:

@@ -27,6 +27,11 @@ def side_by_side(
     """`work(folder)` of each of `folders`, `n_workers` at a time. Returns those of which it was true, and why those
     fail whose process was killed. `work` can be pickled; it says nothing, and leaves files."""
     context, todo, running, done, lost = multiprocessing.get_context("spawn"), list(folders), {}, set(), {}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    on_term = signal.signal(signal.SIGTERM, stop)  # else the processes would go on alone
     with tqdm(total=len(folders), desc=desc, unit="session") as bar:
         try:
             while todo or running:
@@ -50,6 +55,7 @@ def side_by_side(
                 process.terminate()
             for process, _ in running.values():
                 process.join()
+            signal.signal(signal.SIGTERM, on_term)
     return done, lost
 
 

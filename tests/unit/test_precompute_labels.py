@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from precompute_labels import (
     sprite_groups,
     win_events,
 )
-from session_labels.files import write_labels
+from session_labels.files import scan_metadata, write_labels
 from session_labels.game import load_game
 from session_labels.workers import side_by_side
 from tests.reference import specified_returns
@@ -665,6 +666,25 @@ def test_labels_are_kept_unless_overwritten(dataset, capsys):
     assert "its labels were made with" not in capsys.readouterr().out
 
 
+def test_labels_of_which_a_table_is_missing_are_made_again(dataset):
+    main(arguments(dataset))
+    labels = {path: table for path, table in tables(dataset).items() if "run_a" in str(path)}
+    (dataset / "run_a" / "events.parquet").unlink()
+    main(arguments(dataset))
+    assert all(table.equals(labels[path]) for path, table in tables(dataset).items() if path in labels)
+    assert (dataset / "run_a" / "events.parquet").exists()
+
+
+def test_detections_of_sprites_that_told_something_else_are_not_used(dataset):
+    """The same pictures under another name, or of another event."""
+    sprites = precompute_labels.load_all_sprites(arguments(dataset))
+    recording = dict.fromkeys(("recording_frames", "recording_bytes", "event_stride", "roi"), "1")
+    made = scan_metadata(sprites, recording)
+    assert made == scan_metadata(replace(sprites), recording)
+    assert made != scan_metadata(replace(sprites, events=sprites.events[::-1]), recording)
+    assert made != scan_metadata(replace(sprites, names=[f"other/{name}" for name in sprites.names]), recording)
+
+
 def test_labels_of_another_recording_are_an_error(dataset):
     main(arguments(dataset))
     (dataset / "run_a" / "recording.mp4").write_bytes((dataset / "run_b" / "recording.mp4").read_bytes())
@@ -912,6 +932,12 @@ def test_missing_sprites_and_bad_flags_are_explained(dataset, tmp_path):
     fails("--sprite-scales 1 big: expected auto, or numbers", sprite_scales=("1", "big"))
     fails("--sprite-scales 9: expected auto, or numbers", sprite_scales=("9",))
     fails("--gamma 1.5 .*expected a gamma of 0 to 1", gamma=1.5)
+    fails("--death-reward is nan, expected a finite number", death_reward=float("nan"))
+    fails("--survival-bonus is inf, expected a finite number", survival_bonus=float("inf"))
+    fails("--win-key-window-s is -1, expected 0 or more seconds", win_key_window_s=-1)
+    fails("--intent-horizon-s is inf, expected 0 or more seconds", intent_horizon_s=float("inf"))
+    fails("--win-key-min-presses is 0, expected 1 or more", win_key_min_presses=0)
+    fails("--event-free '': expected sessions", event_free=("",))
     fails("--half-life-s 0.*half-life above 0", half_life_s=0)
     fails("--device foo: expected", device="foo")
     fails("KEY_BACKSLSH is no evdev key name", win_key="KEY_BACKSLSH")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from common.sessions import EVENTS, OVERRIDES, read_table
+from common.sessions import EVENTS, OVERRIDES, read_table, write_table
 from precompute_labels import Args, Sighting, group_events, main, sprite_groups
 from session_labels.game import load_game
 from session_labels.review import Card, Override, accept, choose, doubtful, follow, kind_of, merge, without_rejected
@@ -276,6 +276,33 @@ def test_page_names_the_command_that_keeps_gamma(asked_dataset):
     assert gamma != "0.99" and page_of(asked_dataset)["command"] == (
         f"python precompute_labels.py --data-dir {asked_dataset} --gamma {gamma} --overwrite"
     )
+
+
+def test_a_session_that_became_unreadable_does_not_stop_the_others(asked_dataset, capsys):
+    """Its decisions are imported: the file that they came from is still there."""
+    card = next(c for c in page_of(asked_dataset)["cards"] if c["session"] == "run_a")
+    decide(asked_dataset, (card, False))
+    main(arguments(asked_dataset, sprite_threshold=0.95))
+    (asked_dataset / "run_a" / "frames.parquet").write_bytes(b"")
+    with pytest.raises(SystemExit, match="(?s)1 of 2 sessions failed.*run_a"):
+        main(arguments(asked_dataset, sprite_threshold=0.95, overwrite=True))
+    assert "run_b: " in capsys.readouterr().out
+
+
+def test_decisions_outside_the_recording_fail_their_session(asked_dataset):
+    card = next(c for c in page_of(asked_dataset)["cards"] if c["session"] == "run_a")
+    decide(asked_dataset, (card, True))
+    main(arguments(asked_dataset, sprite_threshold=0.95))
+    path = asked_dataset / "run_a" / "overrides.parquet"
+    metadata = {key.decode(): value.decode() for key, value in pq.read_schema(path).metadata.items()}
+    write_table(
+        path,
+        {k: [9999] if k == "frame_idx" else v for k, v in read_table(path, OVERRIDES).to_pydict().items()},
+        OVERRIDES,
+        metadata,
+    )
+    with pytest.raises(SystemExit, match="overrides.parquet, row 0: frame 9999 of .* is outside the recording"):
+        main(arguments(asked_dataset, sprite_threshold=0.95, overwrite=True))
 
 
 def test_card_shows_the_place(asked_dataset):

@@ -261,7 +261,7 @@ def paste(frame, y, x, grey, mask, contrast=0.8):
     frame[y : y + len(mask), x : x + mask.shape[1]][mask] = 25 + contrast * grey[mask]
 
 
-@pytest.mark.parametrize(("h", "w", "factor"), [(43, 57, 4), (13, 33, 2), (9, 12, 1)])
+@pytest.mark.parametrize(("h", "w", "factor"), [(43, 57, 4), (13, 33, 2), (9, 12, 1), (15, 90, 4), (11, 40, 2)])
 def test_find_sees_a_sprite_wherever_it_is(h, w, factor, device):
     """Every place between the cells of the smaller frame, the four corners, a frame whose size no factor divides."""
     rng = np.random.default_rng(h)
