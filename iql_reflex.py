@@ -226,16 +226,22 @@ def person_plays(session: Session) -> np.ndarray:
 
 
 def load_intents(session: Session, N: int) -> np.ndarray:
-    """(N,) numbers in INTENT_NAMES. Raises ValueError where they belong to another recording."""
+    """(N,) numbers in INTENT_NAMES. Raises ValueError where they belong to another recording, or other episodes."""
     path, size = session.folder / "intent.parquet", session.video.stat().st_size
-    table = read_table(path, INTENT)
+    table, again = read_table(path, INTENT), "Make it again: python precompute_labels.py --labeler keys --data-dir"
+    episodes = read_table(session.folder / "episodes.parquet", EPISODES).to_pylist()
+    cuts = sorted({frame for e in episodes for frame in (e["start_frame"], e["end_frame"] + 1)})
+    if (table.schema.metadata or {}).get(b"cuts", str(cuts).encode()).decode() != str(cuts):
+        raise ValueError(
+            f"{path} was made for other episodes than episodes.parquet has. {again} {session.folder.parent}"
+        )
     made_for = int((table.schema.metadata or {}).get(b"recording_bytes", size))
     unknown = set(table["intent"].to_pylist()) - set(INTENT_NAMES)
     if made_for != size or len(table) < N or unknown:
         raise ValueError(
             f"{path} has {len(table):,} rows for a recording with recording_bytes {made_for} and "
             f"{', '.join(sorted(unknown)) or 'no'} unknown intent, recording.mp4 has {N:,} frames and {size} bytes. "
-            f"Make it again: python precompute_labels.py --labeler keys --data-dir {session.folder.parent}"
+            f"{again} {session.folder.parent}"
         )
     return np.array([INTENT_NAMES.index(name) for name in table["intent"].to_pylist()[:N]])
 

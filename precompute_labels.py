@@ -821,6 +821,9 @@ def main(args: Args) -> dict:
                 shares = np.bincount(labels, minlength=len(INTENT_NAMES)) / n
                 parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
                 print(f"{folder.name}: intents {', '.join(parts)}")
+                if (labels == INTENT_NAMES.index("WAIT")).all():
+                    signs = " ".join(intents.signs_of(args.labeler))
+                    print(f"{folder.name}: nothing of what tells an intent was there: {signs}")
             elif intents.are_outdated(folder):
                 print(f"{folder.name}: intent.parquet was made for other episodes, kept; --labeler makes it again")
 

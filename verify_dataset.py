@@ -35,6 +35,8 @@ from tqdm import tqdm
 from common import sessions
 from common.sessions import KEY_CODES, MARKER_KEYS, find_sessions, key_names, key_table, load_session, read_table
 from common.video import VideoReader, iter_frames
+from session_labels.files import install_labels
+from session_labels.intents import are_outdated
 
 RECORDED = {"frames": sessions.FRAMES, "inputs": sessions.INPUTS, "truth": sessions.TRUTH}
 LABELS = {"events": sessions.EVENTS, "episodes": sessions.EPISODES, "returns": sessions.RETURNS}
@@ -253,6 +255,9 @@ def check_per_frame(folder: Path, n_frames: int) -> Iterator[Finding]:
             yield Finding("error", f"{name}.parquet", found, RELABEL[name])
         elif not np.array_equal(table["frame_idx"].to_numpy(), np.arange(n_frames)):
             found = f"has {len(table):,} rows, expected one for each frame, 0 to {n_frames - 1}, in order"
+            yield Finding("error", f"{name}.parquet", found, RELABEL[name])
+        elif "cuts" in metadata_of(table) and (folder / "episodes.parquet").exists() and are_outdated(folder):
+            found = "was made for other episodes than episodes.parquet has"
             yield Finding("error", f"{name}.parquet", found, RELABEL[name])
         elif name == "intent" and (unknown := set(table["intent"].to_pylist()) - set(sessions.INTENT_NAMES)):
             found = f"has {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(sessions.INTENT_NAMES)}"
@@ -600,6 +605,10 @@ def main(args: Args) -> dict:
     for folder in folders:
         with tqdm(unit="frame", leave=False) as bar:
             problems, facts = verify(folder, bar)
+            if args.repair and (folder / ".labels.tmp" / "returns.parquet").exists():
+                install_labels(folder)  # they are whole: a run was killed as it put them in place
+                repairs.append(f"{folder.name}: labels put in place from .labels.tmp")
+                problems, facts = verify(folder, bar)
             if args.repair and problems:
                 time.sleep(max(0.0, started + 1.5 - time.monotonic()))  # a recorder writes a row in this time
                 growing = [path.name for path in folder.glob("*.jsonl") if path.stat().st_size != journals.get(path)]

@@ -144,6 +144,15 @@ def with_intents(dataset, tmp_path_factory) -> Path:
     return folder
 
 
+def test_intents_of_other_episodes_are_refused(with_intents, tmp_path):
+    folder = shutil.copytree(with_intents, tmp_path / "data")
+    (path,) = (folder / "heldout_0").glob("intent.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"cuts": b"[3, 7]"}), path)
+    with pytest.raises(SystemExit, match="heldout_0/intent.parquet was made for other episodes"):
+        iql_reflex.main(iql_reflex.Args(intents=True, **dict(SMALL, data_dir=str(folder), run_root=str(tmp_path))))
+
+
 def test_plays_with_and_without_a_goal(with_intents, tmp_path):
     settings = dict(SMALL, data_dir=str(with_intents), run_root=str(tmp_path), video_seconds=0.0)
     result = iql_reflex.main(iql_reflex.Args(intents=True, max_updates=80, **settings))

@@ -217,6 +217,7 @@ def test_the_command_its_status_json_and_one_session(tmp_path, run):
         ("intent", range(29), {}, "has 29 rows, expected one for each frame, 0 to 29"),
         ("progress", range(1, 31), {}, "expected one for each frame"),
         ("intent", range(30), {"recording_bytes": "7"}, "recording_bytes 7, this one has"),
+        ("intent", range(30), {"cuts": "[3]"}, "was made for other episodes than episodes.parquet has"),
         ("intent", range(30), {"word": "DANCE"}, "has 'DANCE', expected LOOT, EVADE"),
     ],
 )
@@ -310,6 +311,19 @@ def test_repair_of_a_killed_recording(tmp_path, run, monkeypatch):
     assert not [*(tmp_path / "run_1").glob("*.jsonl")] and after.fps == 10 and after.metadata["game"] == "none"
     for a, b in zip(key_table(before, keys), key_table(after, keys), strict=True):
         assert np.array_equal(a, b) and a.any(), "a release after the last frame changes no row"
+
+
+def test_repair_puts_whole_labels_in_place(tmp_path):
+    """What a run leaves that was killed between two of the three tables."""
+    folder = tmp_path / "run_1"
+    write_session(folder, 40)
+    kept = {name: (folder / f"{name}.parquet").read_bytes() for name in ("events", "episodes", "returns")}
+    (folder / ".labels.tmp").mkdir()
+    for name in ("episodes", "returns"):
+        (folder / f"{name}.parquet").rename(folder / ".labels.tmp" / f"{name}.parquet")
+    result = main(Args(tmp_path, repair=True))
+    assert result["repairs"][0] == "run_1: labels put in place from .labels.tmp"
+    assert all((folder / f"{name}.parquet").read_bytes() == labels for name, labels in kept.items())
 
 
 def test_a_recording_that_goes_on_is_left_alone(tmp_path, monkeypatch):
