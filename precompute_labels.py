@@ -592,6 +592,12 @@ def known_scale(args: Args, session: Session) -> float:
     return [*found, *read_scales(args.sprite_scales), 1.0][0]
 
 
+def intent_rules(args: Args) -> intents.Rules:
+    """Those of the game's file for --labeler keys, where it has some."""
+    of_game = load_game(args.game).intents if args.labeler == "keys" else []
+    return of_game or intents.RULES[args.labeler]
+
+
 def find_intents(args: Args, session: Session, reader: VideoReader, n_frames: int) -> np.ndarray:
     """Make a session's intent.parquet. Returns the intents, numbers in INTENT_NAMES (n_frames,)."""
     made_from, near = files.recording_of(session.folder, n_frames), None
@@ -600,7 +606,7 @@ def find_intents(args: Args, session: Session, reader: VideoReader, n_frames: in
         made_from |= searched | {"scale": known_scale(args, session)}
         eyes = surroundings.open_eyes(sprite_folder(args, surroundings.ALL), made_from["scale"], args.sprite_threshold)
         near = surroundings.find_surroundings(reader, eyes, n_frames, args.event_stride, session.name)
-    return intents.label_intents(session, args.labeler, args.intent_horizon_s, made_from, near)
+    return intents.label_intents(session, args.labeler, args.intent_horizon_s, made_from, near, intent_rules(args))
 
 
 def scroll(args: Args, session: Session, reader: VideoReader, metadata: dict) -> np.ndarray | None:
@@ -822,8 +828,8 @@ def main(args: Args) -> dict:
                 parts = [f"{name} {share:.0%}" for name, share in zip(INTENT_NAMES, shares, strict=True) if share]
                 print(f"{folder.name}: intents {', '.join(parts)}")
                 if (labels == INTENT_NAMES.index("WAIT")).all():
-                    signs = " ".join(intents.signs_of(args.labeler))
-                    print(f"{folder.name}: nothing of what tells an intent was there: {signs}")
+                    signs = " ".join(intents.signs_of(intent_rules(args)))
+                    print(f"{folder.name}: none of {signs} was there; [intents] of the --game file names others")
             elif intents.are_outdated(folder):
                 print(f"{folder.name}: intent.parquet was made for other episodes, kept; --labeler makes it again")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from common.sessions import KEY_CODES
+from common.sessions import INTENT_NAMES, KEY_CODES
 
 # what a value may be: a test, and what is expected, in words
 TEXT = (lambda x: isinstance(x, str) and x != "", "a text")
@@ -29,6 +29,7 @@ SIZES = (
 )
 RULE = (lambda x: isinstance(x, str) and x in RULES, 'a rule: "first" or "track"')
 KEY = (lambda x: isinstance(x, str) and x in KEY_CODES, "an evdev key name such as KEY_BACKSLASH (docs/data.md)")
+KEYS = (lambda x: isinstance(x, list) and x and all(KEY[0](key) for key in x), 'a list of key names as ["KEY_W"]')
 
 NEEDED = object()  # in place of a default
 GAME = {  # key: what it may be, its default
@@ -43,6 +44,7 @@ GAME = {  # key: what it may be, its default
     "DEATH": (TABLE, {}),
     "ATTACK": (TABLE, {}),
     "WIN": (TABLE, {}),
+    "intents": (TABLE, {}),
 }
 SPRITES = {
     "sprites": (TEXTS, NEEDED),
@@ -62,6 +64,7 @@ WIN_KEYS = {
     "key_window_s": (SECONDS, 2.0),
     "key_cooldown_s": (SECONDS, 30.0),
 }
+INTENTS = {name: (KEYS, None) for name in INTENT_NAMES if name != "WAIT"}
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Game:
     respawn_gap_s: float
     rules: dict[str, Rule]  # by event
     win: dict  # as WIN_KEYS
+    intents: list[tuple[str, str]]  # intents and their keys, the first that is down decides
 
 
 def load_game(path: Path) -> Game:
@@ -128,6 +132,8 @@ def load_game(path: Path) -> Game:
     single = checked(path, "[template_thresholds] ", game["template_thresholds"], single)
     game["template_thresholds"] = {stem: score for stem, score in single.items() if score is not None}
     game["sprite_scales"] = tuple(str(size) for size in game["sprite_scales"])  # as --sprite-scales
+    checked(path, "[intents] ", game["intents"], INTENTS)
+    game["intents"] = [(intent, " ".join(keys)) for intent, keys in game["intents"].items()]
     game["folders"] = [path.parent / folder for folder in game["folders"]]  # one that begins with / stays as it is
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return Game(digest=digest, rules=rules, win=win, **game)

@@ -14,7 +14,8 @@ from common.sessions import EPISODES, INTENT, INTENT_NAMES, Session, key_table, 
 from session_labels.files import metadata_of
 
 FIRE = "KEY_LEFTCTRL KEY_RIGHTCTRL KEY_LEFTALT KEY_RIGHTALT KEY_X KEY_C"
-RULES = {  # of every labeler: intent and its signs, the first that shows decides; none is WAIT
+Rules = list[tuple[str, str]]  # intents and their signs, the first that shows decides; none is WAIT
+RULES: dict[str, Rules] = {  # of every labeler; of keys, where the game's file has none
     "keys": [
         ("LOOT", "KEY_E KEY_ENTER"),
         ("LEAP", "KEY_SPACE"),
@@ -36,9 +37,9 @@ RULES = {  # of every labeler: intent and its signs, the first that shows decide
 }
 
 
-def signs_of(labeler: str) -> list[str]:
-    """All signs that a labeler's rules name, each once."""
-    return list(dict.fromkeys(sign for _, signs in RULES[labeler] for sign in signs.split()))
+def signs_of(rules: Rules) -> list[str]:
+    """All signs that the rules name, each once."""
+    return list(dict.fromkeys(sign for _, signs in rules for sign in signs.split()))
 
 
 def look_ahead(shown: np.ndarray, horizon: int, cuts: Sequence[int]) -> np.ndarray:
@@ -51,11 +52,11 @@ def look_ahead(shown: np.ndarray, horizon: int, cuts: Sequence[int]) -> np.ndarr
     return ahead
 
 
-def choose_intents(ahead: np.ndarray, labeler: str) -> np.ndarray:
+def choose_intents(ahead: np.ndarray, rules: Rules) -> np.ndarray:
     """The intent of each frame, its number in INTENT_NAMES (N,). `ahead` (N, S) has a column for each of `signs_of`."""
-    column = {sign: s for s, sign in enumerate(signs_of(labeler))}
+    column = {sign: s for s, sign in enumerate(signs_of(rules))}
     intents = np.full(len(ahead), INTENT_NAMES.index("WAIT"))
-    for intent, signs in reversed(RULES[labeler]):
+    for intent, signs in reversed(rules):
         intents[ahead[:, [column[sign] for sign in signs.split()]].any(axis=1)] = INTENT_NAMES.index(intent)
     return intents
 
@@ -73,19 +74,25 @@ def are_outdated(folder: Path) -> bool:
 
 
 def label_intents(
-    session: Session, labeler: str, horizon_s: float, recording: dict, near: dict[str, np.ndarray] | None = None
+    session: Session,
+    labeler: str,
+    horizon_s: float,
+    recording: dict,
+    near: dict[str, np.ndarray] | None = None,
+    rules: Rules | None = None,
 ) -> np.ndarray:
     """Write intent.parquet of a session that has episodes: what is done after an end says nothing of the time before
     it. `recording` tells which recording it is and how it was searched, `near` (N,) bool each which signs that are no
-    keys show. Returns the intents, numbers in INTENT_NAMES (N,)."""
+    keys show, `rules` those of the game's file. Returns the intents, numbers in INTENT_NAMES (N,)."""
     n, horizon = int(recording["recording_frames"]), round(horizon_s * session.fps)
-    cuts = find_cuts(session.folder)
-    shown = key_table(session, signs_of(labeler))[1][:n]  # (n, S), down at any moment up to the next frame
+    cuts, rules = find_cuts(session.folder), rules or RULES[labeler]
+    shown = key_table(session, signs_of(rules))[1][:n]  # (n, S), down at any moment up to the next frame
     for sign, seen in (near or {}).items():
-        shown[:, signs_of(labeler).index(sign)] = seen
-    intents = choose_intents(look_ahead(shown, horizon, cuts), labeler)
+        shown[:, signs_of(rules).index(sign)] = seen
+    intents = choose_intents(look_ahead(shown, horizon, cuts), rules)
     columns = {"frame_idx": np.arange(n), "intent": np.array(INTENT_NAMES)[intents].tolist()}
     made_with = {"labeler": labeler, "intent_horizon_s": horizon_s, "fps": session.fps, "cuts": json.dumps(cuts)}
+    made_with["rules"] = json.dumps(rules)
     rows = columns | {"timestamp": session.timestamps[:n]}
     write_table(session.folder / "intent.parquet", rows, INTENT, recording | made_with)
     return intents

@@ -114,6 +114,11 @@ WRONG = {
     'rule = "track"': ('rule = "tracker"', r'\[ATTACK\] rule is "tracker", expected a rule: "first" or "track"'),
     '["boom.png"]': ('"boom.png"', r'\[DEATH\] sprites is "boom.png", expected a list of texts'),
     'sprites = ["flag.png"]': ('key = "KEY_BACKSLSH"', r'\[WIN\] key is "KEY_BACKSLSH", expected an evdev key name'),
+    "respawn_gap_s = 1.0\n": (
+        'respawn_gap_s = 1.0\n[intents]\nLEEP = ["KEY_W"]\n',
+        r'\[intents\] LEEP = \["KEY_W"\] is not known here, did you mean LEAP',
+    ),
+    "[ATTACK]\n": ('[intents]\nLEAP = "w"\n[ATTACK]\n', r'\[intents\] LEAP is "w", expected a list of key names'),
     "[DEATH]": ("[DAETH]", "game.toml: DAETH = .* is not known here, did you mean DEATH"),
     "min_gap_s = 1.5\n": (
         "min_gap_s = 1.5\nmin_sightings = 3\nof_frames = 2\n",

@@ -16,8 +16,8 @@ from tests.synthetic import write_session
 
 
 def intent_of(labeler, *signs):
-    shown = np.array([[sign in signs for sign in signs_of(labeler)]])
-    return INTENT_NAMES[choose_intents(shown, labeler)[0]]
+    shown = np.array([[sign in signs for sign in signs_of(RULES[labeler])]])
+    return INTENT_NAMES[choose_intents(shown, RULES[labeler])[0]]
 
 
 def test_rules_of_keys():
@@ -34,10 +34,12 @@ def test_rules_of_keys():
 @pytest.mark.parametrize("horizon", [0, 1, 4, 300])
 def test_intents_against_plain_loops(labeler, horizon):
     rng = np.random.default_rng(horizon)
-    shown = rng.random((200, len(signs_of(labeler)))) < 0.01
+    shown = rng.random((200, len(signs_of(RULES[labeler])))) < 0.01
     cuts = [0, 31, 60, 61, 150, 200]
-    found = choose_intents(look_ahead(shown, horizon, cuts), labeler)
-    assert [INTENT_NAMES[i] for i in found] == naive_intents(shown, signs_of(labeler), RULES[labeler], horizon, cuts)
+    found = choose_intents(look_ahead(shown, horizon, cuts), RULES[labeler])
+    assert [INTENT_NAMES[i] for i in found] == naive_intents(
+        shown, signs_of(RULES[labeler]), RULES[labeler], horizon, cuts
+    )
     assert len(set(found)) > 4
 
 
@@ -69,9 +71,9 @@ def test_intents_of_a_session_that_has_labels(dataset, capsys):
     assert (dataset / "run_0" / "returns.parquet").read_bytes() == before
     session = load_session(dataset / "run_0")
     table = read_table(dataset / "run_0" / "intent.parquet", INTENT)
-    shown = naive_key_table(session, signs_of("keys"))[1]
+    shown = naive_key_table(session, signs_of(RULES["keys"]))[1]
     intents = table["intent"].to_pylist()
-    assert intents == naive_intents(shown, signs_of("keys"), RULES["keys"], 6, [0, 79, 110, 120])
+    assert intents == naive_intents(shown, signs_of(RULES["keys"]), RULES["keys"], 6, [0, 79, 110, 120])
     assert intents[33:36] == ["LEAP"] * 3 and intents[13] == "RUN" and intents[12] == "WAIT"
     assert intents[73:79] == ["WAIT"] * 6 and intents[79] == "LEAP"  # the jump comes after the death
     assert table["frame_idx"].to_pylist() == list(range(120))
@@ -88,6 +90,20 @@ def test_intents_of_a_session_that_has_labels(dataset, capsys):
     precompute_labels.main(precompute_labels.Args(data_dir=dataset, detect_events=False, overwrite=True))
     assert "run_0: intent.parquet was made for other episodes, kept; --labeler" in capsys.readouterr().out
     assert not list(dataset.glob("run_0/.*"))
+
+
+def test_a_game_names_its_own_keys(dataset, capsys):
+    game = dataset / "game.toml"
+    rule = '[DEATH]\nsprites = ["boom.png"]\nrule = "first"\nmin_gap_s = 1.0\n'
+    game.write_text(f'name = "Hopper"\nrespawn_gap_s = 1.0\n{rule}[intents]\nCLIMB = ["KEY_RIGHT", "KEY_D"]\n')
+    arguments = dict(data_dir=dataset, detect_events=False, labeler="keys", intent_horizon_s=0.0, game=game)
+    precompute_labels.main(precompute_labels.Args(**arguments))
+    right = naive_key_table(load_session(dataset / "run_0"), ["KEY_RIGHT"])[1][:, 0]
+    found = read_table(dataset / "run_0" / "intent.parquet", INTENT)["intent"].to_pylist()
+    assert 0 < right.sum() < 120 and found == ["CLIMB" if down else "WAIT" for down in right]
+    game.write_text(game.read_text().replace('"KEY_RIGHT", ', ""))
+    precompute_labels.main(precompute_labels.Args(**arguments))
+    assert "run_0: none of KEY_D was there; [intents] of the --game file names others" in capsys.readouterr().out
 
 
 def test_no_intents_unless_asked_for(dataset):
