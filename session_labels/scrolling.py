@@ -261,7 +261,11 @@ def true_positions(path: Path, times: np.ndarray) -> tuple[np.ndarray, np.ndarra
     if not rows:
         return None
     reported = np.array([row["timestamp"] for row in rows])
-    x = np.interp(times, reported, [float(row["data"].split()[0]) / SPRITE for row in rows])
+    try:
+        positions = [float(row["data"].split()[0]) / SPRITE for row in rows]
+    except (AttributeError, ValueError, IndexError):
+        raise ValueError(f"{path} has a row pos whose data does not begin with a number. Do without --truth") from None
+    x = np.interp(times, reported, positions)
     last = np.maximum(0, np.searchsorted(reported, times, side="right") - 1)  # (N,) the last report
     return x, np.searchsorted(starts, reported[last], side="right")
 
