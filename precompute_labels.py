@@ -731,7 +731,7 @@ def main(args: Args) -> dict:
         if not np.isfinite(getattr(args, name)):
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a finite number")
     for name in ("death_min_gap_s", "win_key_window_s", "win_key_cooldown_s", "respawn_gap_s", "intent_horizon_s"):
-        if not 0 <= getattr(args, name) < float("inf"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < float("inf"):  # None: not in this game
             raise SystemExit(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more seconds")
     if args.win_key_min_presses < 1:
         raise SystemExit(f"--win-key-min-presses is {args.win_key_min_presses}, expected 1 or more")

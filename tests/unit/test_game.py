@@ -105,6 +105,16 @@ def test_only_what_the_file_says_counts(tmp_path):
     assert a == b != c and load_game(tmp_path / "c.toml").sprite_scales == ("1", "1.4")
 
 
+def test_a_game_may_have_one_event(hopper, tmp_path):
+    text = (hopper / "hopper.toml").read_text()
+    for only in ("DEATH", "WIN"):
+        start = text.index(f"[{only}]")
+        end = text.find("\n[", start)
+        one = hopper / f"{only}.toml"
+        one.write_text(text[: text.index("[DEATH]")] + text[start : end if end > 0 else None])
+        assert [row["event"] for row in label(hopper, game=one)] == [only]
+
+
 WRONG = {
     'name = "Hopper"\n': ("", "game.toml: name is missing, expected a text. Add it"),
     "mirror = true": ("miror = true", r"game.toml: \[ATTACK\] miror = true is not known here, did you mean mirror\?"),
